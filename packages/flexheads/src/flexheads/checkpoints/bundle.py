@@ -1,0 +1,152 @@
+"""The value between files and models: what a format reads into and writes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flexheads.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """The model and the library that something was saved from.
+
+    Attributes:
+        model_type: ``config.model_type`` of the model.
+        model_class: Its class name.
+        model_name: Its name or path, if it had one.
+        hidden_size: Its hidden size.
+        version: The library that wrote it, as ``"flexheads.0.1.0"``; None before 2022.
+        provider: The distribution that the architecture, method or head type came from.
+    """
+
+    model_type: str | None = None
+    model_class: str | None = None
+    model_name: str | None = None
+    hidden_size: int | None = None
+    version: str | None = None
+    provider: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """An adapter: its configuration as plain data, and its tensors by logical address."""
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedHead:
+    """A flexible head.
+
+    Attributes:
+        name: The head's name.
+        config: Its configuration with its ``head_type``.
+        tensors: Its tensors by logical address.
+        embeddings: The output matrix of a tied language-model head, for formats that repeat it.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedStaticHead:
+    """The head of a transformers class, with its tensors by that class's own names."""
+
+    model_class: str
+    tensors: Mapping[str, Tensor]
+    label2id: Mapping[str, int] | None = None
+    problem_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What one directory holds: an adapter, a head, or both.
+
+    Attributes:
+        adapter: The adapter, if there is one.
+        head: The head, if there is one.
+        adapter_from, head_from: Where each was saved.
+        source: The directory, for messages.
+    """
+
+    adapter: SavedAdapter | None = None
+    head: SavedHead | SavedStaticHead | None = None
+    adapter_from: Provenance = field(default_factory=Provenance)
+    head_from: Provenance = field(default_factory=Provenance)
+    source: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a format must know of the model on the other side.
+
+    Attributes:
+        architecture: Name of the architecture.
+        model_types: The model types that it answers to.
+        hidden_size: The model's hidden size.
+        prefix: Where the backbone hangs in the model; empty where the model is the backbone.
+        paths: The path in AdapterHub files of each site, by logical address.
+    """
+
+    architecture: str
+    model_types: tuple[str, ...]
+    hidden_size: int
+    prefix: str
+    paths: Mapping[str, str]
+
+    def check(self, saved: Provenance, what: str, source: Path) -> None:
+        """Refuses what was saved from another kind of model.
+
+        Raises:
+            CheckpointError: If the model type or the hidden size differs.
+        """
+        if saved.model_type is not None and saved.model_type not in self.model_types:
+            raise CheckpointError(
+                f"{source}: this {what} was made for a {saved.model_type!r} model, but this model "
+                f"is {self.architecture!r}. Load it into a {saved.model_type!r} model."
+            )
+        if saved.hidden_size is not None and saved.hidden_size != self.hidden_size:
+            raise CheckpointError(
+                f"{source}: this {what} was made for hidden size {saved.hidden_size}, but this "
+                f"model has {self.hidden_size}. Load it into a model of that size."
+            )
+
+
+class Format(ABC):
+    """A layout of files on disk."""
+
+    @abstractmethod
+    def detect(self, directory: Path) -> bool:
+        """Whether `directory` holds files of this format."""
+
+    @abstractmethod
+    def read(self, directory: Path, layout: Layout) -> Bundle:
+        """Reads what is there.
+
+        Args:
+            directory: The directory.
+            layout: The model that it is read for.
+
+        Raises:
+            CheckpointError: If files are missing, broken, or made for another model.
+        """
+
+    @abstractmethod
+    def write(self, bundle: Bundle, directory: Path, layout: Layout) -> None:
+        """Writes a bundle into an empty directory.
+
+        Raises:
+            CheckpointError: If the bundle holds something that this format cannot say.
+        """

@@ -1,0 +1,124 @@
+"""Reading and writing files: atomically, and without ever running what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flexheads.errors import CheckpointError
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` whose files take their place when the block ends well.
+
+    A new directory appears whole. In an existing one each file is replaced in one step; other
+    files stay. Whatever fails before leaves everything as it was.
+
+    Args:
+        directory: Where the files are to be.
+
+    Raises:
+        CheckpointError: If `directory` is a file.
+    """
+    directory = directory.absolute()
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; give a directory to save into.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield aside
+        if directory.exists():
+            _replace_files(aside, directory)
+        else:
+            aside.chmod(0o777 & ~_umask())
+            os.rename(aside, directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace_files(aside: Path, directory: Path) -> None:
+    """Moves all files of `aside` into `directory`, or none."""
+    kept = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    moved: list[str] = []
+    try:
+        for name in sorted(os.listdir(aside)):
+            if (directory / name).exists():
+                shutil.copy2(directory / name, kept / name)
+            os.replace(aside / name, directory / name)
+            moved.append(name)
+    except BaseException:
+        for name in moved:
+            if (kept / name).exists():
+                os.replace(kept / name, directory / name)
+            else:
+                (directory / name).unlink()
+        raise
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON as the `adapters` library does: two spaces, sorted keys."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors."""
+    # Names that share one storage are written as separate tensors.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, path, metadata={"format": "pt"})
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads tensors from safetensors, or from a ``.bin`` that holds nothing but tensors.
+
+    Raises:
+        CheckpointError: If the file is broken, or holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"Cannot read the tensors in {path}: {error}") from error
+    except Exception as error:  # pickle's errors, for files that hold more than tensors
+        raise CheckpointError(
+            f"{path} holds something else than tensors, and code in files is never run: {error}"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise CheckpointError(f"{path} should hold a dictionary of tensors.")
+    return content

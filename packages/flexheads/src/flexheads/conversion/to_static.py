@@ -1,0 +1,89 @@
+"""From flexible heads back to the head of a transformers class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
+from flexheads.conversion.rules import static_tensors
+from flexheads.errors import UnsupportedError
+from flexheads.plugins import registry, resolve
+from flexheads.specs import HeadConversion, HeadRule
+
+
+def convert_to_static(
+    heads: Sequence[SavedHead],
+    conversion: HeadConversion,
+    model_config: PretrainedConfig,
+    embeddings: Tensor | None,
+) -> SavedStaticHead:
+    """The static head that equals flexible heads; the inverse of `convert_to_flexible`.
+
+    Args:
+        heads: One head for each rule of the conversion, in that order.
+        conversion: The rules of the static class.
+        model_config: Configuration of the static model.
+        embeddings: Its input embeddings, for a tied output matrix.
+
+    Raises:
+        UnsupportedError: If a head has another shape than the class; the message says what differs.
+    """
+    if len(heads) != len(conversion.heads):
+        raise UnsupportedError(
+            f"{conversion.static_class} has {len(conversion.heads)} heads, not {len(heads)}."
+        )
+    tensors: dict[str, Tensor] = {}
+    labels: Mapping[str, int] | None = None
+    problem_type: str | None = None
+    for head, rule in zip(heads, conversion.heads, strict=True):
+        _check(head, rule, conversion.static_class, model_config)
+        own = dict(head.tensors)
+        if head.config.get("tied") and embeddings is not None:
+            own["weight"] = embeddings
+        tensors |= static_tensors(rule, own)
+        labels = labels or head.config.get("label2id")
+        problem_type = problem_type or head.config.get("problem_type")
+        if rule.head_type != head.config["head_type"]:
+            problem_type = "multi_label_classification"
+    return SavedStaticHead(
+        model_class=conversion.static_class,
+        tensors=tensors,
+        label2id=labels,
+        problem_type=problem_type,
+    )
+
+
+def _check(
+    head: SavedHead, rule: HeadRule, static_class: str, model_config: PretrainedConfig
+) -> None:
+    kind = head.config["head_type"]
+    same = kind == rule.head_type or (kind, rule.head_type) == (
+        "multilabel_classification",
+        "classification",
+    )
+    if not same:
+        raise UnsupportedError(
+            f"{static_class} holds a {rule.head_type} head; {head.name!r} is of type {kind}."
+        )
+    head_class = resolve(registry().head_type(kind).head)
+    given = {key: value for key, value in head.config.items() if key != "head_type"}
+    config = head_class.config_class.from_dict(given, tolerant=True)
+    wanted: dict[str, Any] = {
+        **{key: value for key, value in rule.config.items() if key != "dropout_prob"},
+        **{key: getattr(model_config, str(path), None) for key, path in rule.config_from.items()},
+    }
+    # An activation or a pooler between layers that do not exist changes nothing.
+    skip = {"activation_function"} if config.get("layers") == wanted.get("layers") == 1 else set()
+    differing = [
+        f"{key}={config[key]!r} (the class has {value!r})"
+        for key, value in wanted.items()
+        if key not in skip and config.get(key) != value
+    ]
+    if differing:
+        raise UnsupportedError(
+            f"Head {head.name!r} cannot become a {static_class}: {'; '.join(differing)}."
+        )

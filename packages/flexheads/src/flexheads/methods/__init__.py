@@ -1,0 +1,12 @@
+"""Adapter methods: one file for each, registered through the same hook as anyone else's."""
+
+from flexheads._lazy import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "AdapterConfig": "flexheads.methods.config",
+        "AdapterMethod": "flexheads.methods.base",
+        "load_config": "flexheads.methods.config",
+    },
+)

@@ -1,0 +1,125 @@
+"""The interface of an adapter method, and the one module that holds all parameters of an adapter."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.methods.config import AdapterConfig
+from flexheads.sites.base import AttachedSite
+
+
+class AdapterMethod(ABC):
+    """How one method adapts a model: which sites it takes, and what it builds there.
+
+    A method is built from its configuration, once for each adapter. It gives a module for every
+    site that it takes; what that module is called with is said by the site's kind, see
+    `flexheads.sites`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(
+        self, sites: Mapping[str, AttachedSite], model_config: PretrainedConfig
+    ) -> dict[str, nn.Module]:
+        """Builds the adapter's parts.
+
+        Args:
+            sites: The sites of the model by logical address, in order.
+            model_config: The model's configuration.
+
+        Returns:
+            The part at each site that the adapter takes, by that site's address.
+
+        Raises:
+            ConfigError: If the configuration does not fit this model.
+            UnsupportedError: If the model has no site of a role that the method needs.
+        """
+
+    def merged(
+        self, part: nn.Module, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """A projection's weight and bias with one part folded in.
+
+        Args:
+            part: The part at the projection's site.
+            weight: The projection's weight, ``(out_features, in_features)``.
+            bias: Its bias, ``(out_features,)``, or None.
+
+        Raises:
+            UnsupportedError: If the method, or this configuration of it, cannot be folded in.
+        """
+        raise UnsupportedError(f"{type(self).__name__} cannot be merged into the backbone.")
+
+
+class Adapter(nn.Module):
+    """All parameters of one adapter, keyed by logical addresses (``layers.3.feed_forward.down``).
+
+    Its ``state_dict()`` is its checkpoint. `parts` gives the module at each site.
+
+    Args:
+        name: The adapter's name.
+        config: Its configuration.
+        parts: Its modules by address.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: AdapterConfig,
+        method: AdapterMethod,
+        parts: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        self.name, self.config, self.method = name, config, method
+        self._addresses = tuple(parts)
+        for address, part in parts.items():
+            *path, last = address.split(".")
+            parent: nn.Module = self
+            for word in path:
+                if word not in parent._modules:
+                    parent.add_module(word, nn.Module())
+                parent = parent.get_submodule(word)
+            parent.add_module(last, part)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The module at each site, by the site's address."""
+        return {address: self.get_submodule(address) for address in self._addresses}
+
+    def __len__(self) -> int:
+        return len(self._addresses)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._addresses)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draws what is drawn inside from `seed`, and leaves the global generator as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def check_leave_out(leave_out: Sequence[int], sites: Mapping[str, AttachedSite]) -> None:
+    """Refuses numbers of layers that the model does not have.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    layers = {site.layer for site in sites.values() if site.layer is not None}
+    if wrong := [layer for layer in leave_out if layer not in layers]:
+        raise ConfigError(f"leave_out names layers {wrong}, but the model has {len(layers)}.")

@@ -1,0 +1,91 @@
+"""Auto classes: the right class with heads, and transformers' own classes with adapters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+
+from flexheads.models.static import init
+from flexheads.models.whole import load_backbone, restore
+from flexheads.models.with_heads import ModelWithHeads, with_heads_class
+from flexheads.plugins import registry
+
+
+class AutoModelWithHeads:
+    """Picks the class with flexible heads that fits a configuration."""
+
+    def __init__(self) -> None:
+        raise TypeError("Use AutoModelWithHeads.from_pretrained(...) or .from_config(...).")
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> ModelWithHeads:
+        """Loads a model with flexible heads; see `ModelWithHeads.from_pretrained`.
+
+        Raises:
+            UnknownNameError: If no installed package knows the architecture.
+        """
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
+            hub = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "revision",
+                "token",
+                "subfolder",
+            )
+            own = {key: value for key, value in kwargs.items() if key in hub}
+            config = AutoConfig.from_pretrained(path, **own)
+        model: ModelWithHeads = cls._class_for(config).from_pretrained(path, *args, **kwargs)
+        return model
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> ModelWithHeads:
+        """A model with random weights.
+
+        Raises:
+            UnknownNameError: If no installed package knows the architecture.
+        """
+        return cls._class_for(config)(config)
+
+    @staticmethod
+    def _class_for(config: PretrainedConfig) -> type[ModelWithHeads]:
+        return with_heads_class(registry().architecture_for(config.model_type).with_heads)
+
+
+class _StaticAuto:
+    """A transformers auto class whose models have adapter support."""
+
+    original: Any
+
+    def __init__(self) -> None:
+        raise TypeError("Use from_pretrained(...) or from_config(...).")
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads a model of transformers' own class, and the adapters that were saved with it."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_backbone(cls.original, path, *args, **kwargs)
+        init(model)
+        restore(model, path, kwargs)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
+        """A model of transformers' own class with random weights."""
+        return init(cls.original.from_config(config, **kwargs))
+
+
+@functools.cache
+def static_auto_class(name: str) -> type[_StaticAuto]:
+    """Transformers' auto class of that name, with adapter support.
+
+    Raises:
+        AttributeError: If transformers has no such class.
+    """
+    original = getattr(transformers, name)
+    body = {"original": original, "__module__": "flexheads", "__doc__": original.__doc__}
+    return type(name, (_StaticAuto,), body)

@@ -1,0 +1,181 @@
+"""Saving and loading adapters and heads: read, check, build aside, fill, and only then swap in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flexheads.checkpoints.bundle import (
+    Bundle,
+    Layout,
+    Provenance,
+    SavedAdapter,
+    SavedHead,
+    SavedStaticHead,
+)
+from flexheads.checkpoints.transfer import fill, read_bundle, write_bundle
+from flexheads.errors import CheckpointError, ConfigError
+from flexheads.methods.config import load_config
+from flexheads.plugins import registry
+from flexheads.specs import Spec
+
+logger = logging.getLogger(__name__)
+
+
+class SavingMixin:
+    """``save_adapter`` and ``load_adapter``, and what heads add to them."""
+
+    def save_adapter(
+        self,
+        save_directory: str | Path,
+        adapter_name: str,
+        with_head: bool = True,
+        format: str = "adapterhub",
+    ) -> None:
+        """Saves an adapter, and the head that belongs to it, into one directory.
+
+        Args:
+            save_directory: The directory; it is made where it does not exist.
+            adapter_name: The adapter.
+            with_head: Save its head beside it: the flexible head of the same name, where there is
+                one, or the static head of the model.
+            format: The layout of files.
+
+        Raises:
+            UnknownNameError: If there is no such adapter or format.
+            CheckpointError: If the directory cannot be used.
+        """
+        adapter = self.adapters[adapter_name]  # type: ignore[attr-defined]
+        method = registry().method_for_tag(adapter.config.tag)
+        head = self._saved_head(adapter_name) if with_head else None
+        bundle = Bundle(
+            adapter=SavedAdapter(
+                name=adapter_name, config=adapter.config.to_dict(), tensors=adapter.state_dict()
+            ),
+            head=head,
+            adapter_from=self._provenance(method),
+            head_from=self._head_provenance(head),
+        )
+        write_bundle(bundle, save_directory, self._layout(), format)
+
+    def load_adapter(
+        self,
+        adapter_name_or_path: str | Path,
+        load_as: str | None = None,
+        with_head: bool = True,
+        set_active: bool = False,
+        overwrite_ok: bool = False,
+        id2label: Mapping[int, str] | None = None,
+        revision: str | None = None,
+        **upstream: Any,
+    ) -> str:
+        """Loads an adapter, and the head beside it.
+
+        Args:
+            adapter_name_or_path: A directory, or the id of a repository on the hub.
+            load_as: Name for the adapter and its head; None keeps the saved names.
+            with_head: Load the head too, converted where it was saved by a static class.
+            set_active: Activate both.
+            overwrite_ok: Replace an adapter or a head of that name.
+            id2label: Label names for the head, instead of the saved ones.
+            revision: Branch, tag or commit on the hub.
+            upstream: For transformers' own method of this name; such a call is passed on.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            CheckpointError: If the files cannot be read, or do not fit this model.
+            ConfigError: If a name is taken.
+            UnknownNameError: If a type of head or adapter is not installed.
+            The model is as it was before in each case.
+        """
+        if upstream:
+            return super().load_adapter(adapter_name_or_path, **upstream)  # type: ignore[misc]
+        bundle = read_bundle(adapter_name_or_path, self._layout(), revision)
+        if bundle.adapter is None:
+            raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")
+        name = bundle.adapter.name if load_as is None else load_as
+        self._refuse_taken("adapter", name, overwrite_ok)
+        config = load_config(bundle.adapter.config, tolerant=True)
+        adapter = self._build_adapter(name, config)  # type: ignore[attr-defined]
+        fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")
+        head_name = load_as if load_as is not None or not _is_static(bundle) else name
+        heads = self._prepare_head(bundle, head_name, id2label, overwrite_ok) if with_head else None
+        self._install(adapter)  # type: ignore[attr-defined]
+        self._install_prepared(heads)
+        if set_active:
+            self.set_active_adapters(name)  # type: ignore[attr-defined]
+        return name
+
+    # --- what the classes with heads fill in --------------------------------------------------
+
+    def _saved_head(self, name: str) -> SavedHead | SavedStaticHead | None:
+        """The head that is saved with an adapter."""
+        return None
+
+    def _prepare_head(
+        self,
+        bundle: Bundle,
+        name: str | None,
+        id2label: Mapping[int, str] | None,
+        overwrite_ok: bool,
+    ) -> Any:
+        """Builds a loaded head aside; nothing of the model is changed yet."""
+        if bundle.head is not None:
+            logger.info("%s has no place for a head; it is left out.", type(self).__name__)
+        return None
+
+    def _install_prepared(self, prepared: Any) -> None:
+        """Puts what `_prepare_head` has built into the model."""
+
+    # --- helpers ------------------------------------------------------------------------------
+
+    def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
+        if name in getattr(self, f"{kind}s") and not overwrite_ok:
+            raise ConfigError(
+                f"There is {'an' if kind == 'adapter' else 'a'} {kind} {name!r} already. Pass "
+                "overwrite_ok=True to replace it, or load_as= to load under another name."
+            )
+
+    def _layout(self) -> Layout:
+        attachment = self._attachment  # type: ignore[attr-defined]
+        backbone = attachment.backbone
+        return Layout(
+            architecture=attachment.spec.name,
+            model_types=(backbone.config.model_type,),
+            hidden_size=backbone.config.hidden_size,
+            prefix="" if backbone is self else str(backbone.base_model_prefix),
+            paths=attachment.paths(),
+        )
+
+    def _head_provenance(self, head: SavedHead | SavedStaticHead | None) -> Provenance:
+        kind = head.config["head_type"] if isinstance(head, SavedHead) else None
+        return self._provenance(registry().head_type(kind) if kind else None)
+
+    def _provenance(self, spec: Spec | None) -> Provenance:
+        config = self._attachment.backbone.config  # type: ignore[attr-defined]
+        provider = None if spec is None else registry().provider_of(spec)
+        return Provenance(
+            model_type=config.model_type,
+            model_class=type(self).__name__,
+            model_name=config.name_or_path or None,
+            hidden_size=config.hidden_size,
+            version=f"flexheads.{library_version()}",
+            provider=provider and f"{provider.distribution}=={provider.version}",
+        )
+
+
+def library_version() -> str:
+    """The installed version of flexheads."""
+    try:
+        return version("flexheads")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _is_static(bundle: Bundle) -> bool:
+    return isinstance(bundle.head, SavedStaticHead)

@@ -1,0 +1,331 @@
+"""Named heads on a model: adding, activating, deleting, saving and loading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
+from flexheads.checkpoints.transfer import fill, read_bundle, write_bundle
+from flexheads.composition import Block, Setup, route
+from flexheads.conversion.to_flex import convert_to_flexible, untie
+from flexheads.errors import CheckpointError, UnknownNameError, UnsupportedError
+from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
+from flexheads.models.container import NamedModules
+from flexheads.models.mixin import AdapterModelMixin
+from flexheads.plan import HeadRoute
+from flexheads.plugins import registry, resolve
+
+
+class HeadsMixin(AdapterModelMixin):
+    """Named prediction heads of any installed type.
+
+    Attributes:
+        heads: The heads by name.
+    """
+
+    heads: NamedModules[PredictionHead]
+
+    # --- adding and deleting ------------------------------------------------------------------
+
+    def add_head(
+        self,
+        head_name: str,
+        head_type: str,
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+        **config: Any,
+    ) -> None:
+        """Adds a head of any installed type.
+
+        Args:
+            head_name: Its name; any string.
+            head_type: Its type, as in `flexheads.plugins.Registry.head_types`.
+            overwrite_ok: Replace a head of that name.
+            set_active: Make it the active head.
+            config: The fields of the type's configuration.
+
+        Raises:
+            ConfigError: If the name is taken, or the configuration has no such field or value.
+            UnknownNameError: If no such type is installed.
+        """
+        self._refuse_taken("head", head_name, overwrite_ok)
+        self._install_head(self._build_head(head_name, head_type, config))
+        if set_active:
+            self.active_head = head_name
+
+    def delete_head(self, head_name: str) -> None:
+        """Removes a head; where it was active it is no more, and others that were stay.
+
+        Raises:
+            UnknownNameError: If there is none of that name.
+        """
+        if head_name not in self.heads:
+            raise UnknownNameError("head", head_name, self.heads)
+        runtime = self._attachment.runtime
+        setup = runtime.active.setup
+        left = tuple(route for route in runtime.active.heads if route.head != head_name)
+        self.heads.drop(head_name)
+        runtime.active = self._make_plan(setup, left)
+        self._changed()
+
+    def _build_head(
+        self,
+        name: str,
+        head_type: str,
+        config: Mapping[str, Any],
+        provider: str | None = None,
+        tolerant: bool = False,
+    ) -> PredictionHead:
+        """A new head that is not in the model yet, on the device and in the dtype of the backbone."""
+        head_class = resolve(registry().head_type(head_type, provider=provider).head)
+        backbone = self._attachment.backbone
+        fields = head_class.config_class.from_dict(config, tolerant=tolerant)
+        head: PredictionHead = head_class(name, fields, backbone.config)
+        last = [p for p in backbone.parameters() if p.is_floating_point()][-1]
+        head.to(device=last.device, dtype=last.dtype)
+        return head.train(self.training)  # type: ignore[attr-defined]
+
+    def _install_head(self, head: PredictionHead) -> None:
+        self.heads.put(head.name, head)
+        self._changed()
+
+    def _changed(self) -> None:
+        super()._changed()
+        config = self._attachment.backbone.config
+        config.prediction_heads = {name: head.to_dict() for name, head in self.heads.items()}
+
+    # --- what is active -----------------------------------------------------------------------
+
+    @property
+    def active_head(self) -> str | list[str] | None:
+        """The active head, a list of several, or None; assigning activates."""
+        names = [route.head for route in self._attachment.runtime.active.heads]
+        return names or None if len(names) != 1 else names[0]
+
+    @active_head.setter
+    def active_head(self, head: str | Sequence[str] | None) -> None:
+        """Activates heads; each sees every row.
+
+        Raises:
+            UnknownNameError: If one does not exist; nothing is changed then.
+        """
+        runtime = self._attachment.runtime
+        self._activate(runtime.active.setup, self._routes(head))
+
+    def _activate(self, setup: Block | None, routes: tuple[HeadRoute, ...]) -> None:
+        super()._activate(setup, routes)
+        if len(routes) == 1:
+            self._show_labels(self.heads[routes[0].head])
+
+    def _show_labels(self, head: PredictionHead) -> None:
+        """Lets the model's configuration name the labels of the active head."""
+        if isinstance(head.config, LabelledConfig):
+            config = self._attachment.backbone.config
+            config.id2label = head.config.id2label
+            config.label2id = {label: number for number, label in config.id2label.items()}
+
+    def _routes(self, head: str | Sequence[str] | None) -> tuple[HeadRoute, ...]:
+        names = [] if head is None else [head] if isinstance(head, str) else list(head)
+        for name in names:
+            if name not in self.heads:
+                raise UnknownNameError("head", name, self.heads)
+        return tuple(HeadRoute(name) for name in names)
+
+    def _heads_for(
+        self, block: Block | None, current: tuple[HeadRoute, ...]
+    ) -> tuple[HeadRoute, ...]:
+        """The heads of the adapters' names; those that are active where there are none."""
+        chains = route(block).chains
+        named = {number: chain[-1] for number, chain in enumerate(chains) if chain}
+        found = {number: name for number, name in named.items() if name in self.heads}
+        everywhere = tuple(r for r in current if r.chain is None)
+        if not found:
+            return everywhere
+        if len(found) < len(named):
+            missing = next(name for name in named.values() if name not in self.heads)
+            raise UnknownNameError(
+                "head", missing, self.heads, "Every branch needs one, or none of them has one."
+            )
+        if len(chains) == 1:
+            return (HeadRoute(found[0]),)
+        return tuple(HeadRoute(name, number) for number, name in found.items())
+
+    def _make_plan(self, block: Block | None, heads: tuple[HeadRoute, ...]) -> Any:
+        for head in heads:
+            if head.head not in self.heads:
+                raise UnknownNameError("head", head.head, self.heads)
+        return super()._make_plan(block, heads)
+
+    def _call_heads(
+        self, block: Block | None, adapter_names: Setup, head: Any
+    ) -> tuple[HeadRoute, ...]:
+        current = self._attachment.runtime.active.heads
+        if head is not None:
+            return self._routes(head or None)
+        if adapter_names is not None and len(route(block).chains) > 1:
+            return self._heads_for(block, current)
+        return tuple(r for r in current if r.chain is None)
+
+    def _active_head_modules(self) -> list[nn.Module]:
+        return [self.heads[r.head] for r in self._attachment.runtime.active.heads]
+
+    # --- labels -------------------------------------------------------------------------------
+
+    def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
+        """The label names of a head by number.
+
+        Args:
+            head_name: The head; None is the active one.
+
+        Raises:
+            UnknownNameError: If there is no such head, or none is active.
+            UnsupportedError: If the head has no labels.
+        """
+        name = self.active_head if head_name is None else head_name
+        if not isinstance(name, str):
+            raise UnknownNameError("active head", name, self.heads, "Name one.")
+        config = self.heads[name].config
+        if not isinstance(config, LabelledConfig):
+            raise UnsupportedError(f"Head {name!r} has no labels.")
+        return config.id2label
+
+    def get_labels(self, head_name: str | None = None) -> list[str]:
+        """The label names of a head in order; see `get_labels_dict`."""
+        return list(self.get_labels_dict(head_name).values())
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save_head(
+        self, save_directory: str | Path, head_name: str | None = None, format: str = "adapterhub"
+    ) -> None:
+        """Saves a head alone.
+
+        Args:
+            save_directory: The directory; it is made where it does not exist.
+            head_name: The head; None is the active one.
+            format: The layout of files.
+
+        Raises:
+            UnknownNameError: If there is no such head.
+            CheckpointError: If the directory cannot be used.
+        """
+        name = self.active_head if head_name is None else head_name
+        head = self._saved_head(name) if isinstance(name, str) else None
+        if head is None:
+            raise UnknownNameError("head", name, self.heads)
+        bundle = Bundle(head=head, head_from=self._head_provenance(head))
+        write_bundle(bundle, save_directory, self._layout(), format)
+
+    def load_head(
+        self,
+        save_directory: str | Path,
+        load_as: str | None = None,
+        id2label: Mapping[int, str] | None = None,
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+        revision: str | None = None,
+    ) -> str:
+        """Loads a head alone, converted where it was saved by a static class.
+
+        Args:
+            save_directory: A directory, or the id of a repository on the hub.
+            load_as: Name for the head; a static head has none of its own.
+            id2label: Label names instead of the saved ones.
+            overwrite_ok: Replace a head of that name.
+            set_active: Make it the active head.
+            revision: Branch, tag or commit on the hub.
+
+        Returns:
+            The head's name.
+
+        Raises:
+            CheckpointError: If the files cannot be read, or do not fit this model.
+            ConfigError: If the name is taken.
+        """
+        bundle = read_bundle(save_directory, self._layout(), revision)
+        if bundle.head is None:
+            raise CheckpointError(f"{bundle.source} holds no head.")
+        heads = self._prepare_head(bundle, load_as, id2label, overwrite_ok)
+        self._install_prepared(heads)
+        if set_active:
+            self.active_head = heads[0].name
+        return str(heads[0].name)
+
+    def _saved_head(self, name: str) -> SavedHead | None:
+        if name not in self.heads:
+            return None
+        head = self.heads[name]
+        embeddings = self._embeddings() if getattr(head.config, "tied", False) else None
+        return SavedHead(
+            name=name, config=head.to_dict(), tensors=head.state_dict(), embeddings=embeddings
+        )
+
+    def _embeddings(self) -> Tensor | None:
+        module = self._attachment.backbone.get_input_embeddings()
+        return None if module is None else module.weight
+
+    def _prepare_head(
+        self,
+        bundle: Bundle,
+        name: str | None,
+        id2label: Mapping[int, str] | None,
+        overwrite_ok: bool,
+    ) -> list[PredictionHead]:
+        saved = bundle.head
+        if saved is None:
+            return []
+        if isinstance(saved, SavedStaticHead):
+            flexible = self._converted(saved, bundle, name, id2label)
+        else:
+            config, tensors = untie(saved.config, saved.tensors, self._embeddings())
+            own = saved.name if name is None else name
+            flexible = [SavedHead(name=own, config=config, tensors=tensors)]
+        heads = []
+        for head in flexible:
+            self._refuse_taken("head", head.name, overwrite_ok)
+            config = {key: value for key, value in head.config.items() if key != "head_type"}
+            if id2label is not None and "num_labels" in config:
+                config |= label_names(config["num_labels"], id2label)
+            built = self._build_head(
+                head.name, head.config["head_type"], config, bundle.head_from.provider, True
+            )
+            fill(built, head.tensors, f"{bundle.source}: head {head.name!r}")
+            heads.append(built)
+        return heads
+
+    def _converted(
+        self,
+        saved: SavedStaticHead,
+        bundle: Bundle,
+        name: str | None,
+        id2label: Mapping[int, str] | None,
+    ) -> list[SavedHead]:
+        if name is None:
+            raise CheckpointError(
+                f"{bundle.source} holds the head of a {saved.model_class}, which has no name; "
+                "pass load_as=."
+            )
+        conversion = registry().conversion(saved.model_class)
+        if conversion.architecture != self._attachment.spec.name:
+            raise CheckpointError(
+                f"{bundle.source} holds the head of a {saved.model_class}, which belongs to "
+                f"{conversion.architecture!r}; this model is {self._attachment.spec.name!r}."
+            )
+        if id2label is not None:
+            labels = label_names(None, id2label)["label2id"]
+            saved = SavedStaticHead(
+                model_class=saved.model_class,
+                tensors=saved.tensors,
+                label2id=labels,
+                problem_type=saved.problem_type,
+            )
+        backbone = self._attachment.backbone
+        return convert_to_flexible(saved, conversion, name, backbone.config, self._embeddings())
+
+    def _install_prepared(self, prepared: list[PredictionHead] | None) -> None:
+        for head in prepared or ():
+            self._install_head(head)

@@ -1,0 +1,237 @@
+"""Adapters on transformers classes as they are, with their own static heads."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
+from flexheads.conversion.to_static import convert_to_static
+from flexheads.errors import (
+    CheckpointError,
+    ConversionWarning,
+    FlexheadsError,
+    UnsupportedError,
+)
+from flexheads.heads.base import label_names
+from flexheads.models.inputs import repeat_rows
+from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.static_heads import StaticHead
+from flexheads.models.whole import WholeModelMixin, load_backbone, restore
+from flexheads.plugins import registry, resolve
+from flexheads.sites.base import compiled
+
+
+class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
+    """Adapter support on a transformers class; `init` puts it in front of the class in hand."""
+
+    static_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        attach(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads a model of the transformers class, with the adapters that were saved with it."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = load_backbone(cls.static_class, path, *args, **kwargs)
+        init(model)
+        restore(model, path, kwargs)
+        return (model, info) if wants_info else model
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self.static_class,), self.__dict__
+
+    def _planned_forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+        plan = self._call_plan(adapter_names)
+        if plan.routing.repeat > 1:
+            names = tuple(inspect.signature(self.static_class.forward).parameters)[1:]
+            kwargs = repeat_rows(dict(zip(names, args, strict=False)) | kwargs, plan.routing.repeat)
+            args = ()
+        with self._enter(plan):
+            return self.static_class.forward(self, *args, **kwargs)
+
+    # --- the static head ----------------------------------------------------------------------
+
+    def _active_head_modules(self) -> list[nn.Module]:
+        return StaticHead(self).modules()  # type: ignore[arg-type]
+
+    def _saved_head(self, name: str) -> SavedStaticHead | None:
+        return StaticHead(self).saved()  # type: ignore[arg-type]
+
+    def save_head(self, save_directory: Any, format: str = "adapterhub") -> None:
+        """Saves the model's head alone.
+
+        Raises:
+            UnsupportedError: If the class has no head.
+        """
+        from flexheads.checkpoints.transfer import write_bundle
+
+        head = self._saved_head("")
+        if head is None:
+            raise UnsupportedError(f"{type(self).__name__} has no head.")
+        bundle = Bundle(head=head, head_from=self._head_provenance(head))
+        write_bundle(bundle, save_directory, self._layout(), format)
+
+    def load_head(self, save_directory: Any, id2label: Mapping[int, str] | None = None) -> None:
+        """Loads a head alone, of this class or a flexible one that equals it.
+
+        Raises:
+            CheckpointError: If the files cannot be read, or hold a head of another kind.
+        """
+        from flexheads.checkpoints.transfer import read_bundle
+
+        bundle = read_bundle(save_directory, self._layout())
+        if bundle.head is None:
+            raise CheckpointError(f"{bundle.source} holds no head.")
+        try:
+            fitting = self._fitting_head(bundle)
+        except FlexheadsError as error:
+            raise CheckpointError(f"{bundle.source}: {error}") from error
+        StaticHead(self).fill(fitting, id2label)  # type: ignore[arg-type]
+
+    def _fitting_head(self, bundle: Bundle) -> SavedStaticHead:
+        """The loaded head as one of this class.
+
+        Raises:
+            FlexheadsError: If it is of another class and cannot become this one's.
+        """
+        head, own = bundle.head, type(self).__name__
+        if isinstance(head, SavedStaticHead):
+            if head.model_class != own:
+                raise UnsupportedError(
+                    f"the head was saved by a {head.model_class}, this model is a {own}"
+                )
+            return head
+        assert isinstance(head, SavedHead)
+        conversion = registry().conversion(own)
+        backbone = self._attachment.backbone
+        embeddings: Tensor | None = backbone.get_input_embeddings().weight
+        return convert_to_static([head], conversion, backbone.config, embeddings)
+
+    def _prepare_head(
+        self,
+        bundle: Bundle,
+        name: str | None,
+        id2label: Mapping[int, str] | None,
+        overwrite_ok: bool,
+    ) -> Any:
+        if bundle.head is None or not StaticHead(self).keys:  # type: ignore[arg-type]
+            return None
+        try:
+            fitting = self._fitting_head(bundle)
+        except FlexheadsError as error:
+            warnings.warn(
+                f"{bundle.source}: the head is left out, {error}. The adapter is loaded.",
+                ConversionWarning,
+                stacklevel=4,
+            )
+            return None
+        StaticHead(self).check(fitting)  # type: ignore[arg-type]
+        if id2label is not None:
+            label_names(len(fitting.label2id) if fitting.label2id else None, id2label)
+        return fitting, id2label
+
+    def _install_prepared(self, prepared: Any) -> None:
+        if prepared is not None:
+            StaticHead(self).fill(*prepared)  # type: ignore[arg-type]
+
+
+def init(model: PreTrainedModel) -> Any:
+    """Gives any transformers model adapter support, in place.
+
+    The model stays an instance of its class; its parameters and their names stay as they are.
+
+    Args:
+        model: A model of an architecture that some installed package registers.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnknownNameError: If no installed package knows the architecture.
+        UnsupportedError: If the model is compiled already.
+    """
+    if isinstance(model, AdapterModelMixin):
+        return model
+    if compiled(model):
+        raise UnsupportedError(
+            "This model is compiled already, and would not see adapters that come now. Call "
+            "flexheads.init on the model first and compile afterwards."
+        )
+    leftover = model.__dict__.pop("forward", None)
+    if leftover is not None and hasattr(model, "_hf_hook"):
+        model.__dict__["forward"] = leftover
+        return _init_under_hook(model)
+    original = type(model)
+    model.__class__ = _with_adapters(original)
+    try:
+        attach(model)
+    except Exception:
+        model.__class__ = original
+        raise
+    return model
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Finds the backbone of a model and attaches its architecture's sites."""
+    spec = registry().architecture_for(model.config.model_type)
+    backbone_class = resolve(spec.backbone)
+    backbone = model.base_model
+    if not isinstance(backbone, backbone_class):
+        raise UnsupportedError(
+            f"The base model of {type(model).__name__} is a {type(backbone).__name__}; "
+            f"architecture {spec.name!r} is about {backbone_class.__name__}."
+        )
+    model._attach(spec, backbone)
+
+
+def _init_under_hook(model: PreTrainedModel) -> Any:
+    """Initialises a model that accelerate has dispatched: its hook wraps the forward it finds."""
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    hook = model._hf_hook
+    remove_hook_from_module(model)
+    init(model)
+    add_hook_to_module(model, hook)
+    return model
+
+
+@functools.cache
+def _with_adapters(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass that looks like its parent, by module and name too.
+
+    Transformers keys what it knows about a class by these, the capture of hidden states included.
+    """
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._planned_forward(*args, **kwargs)
+
+    signature = inspect.signature(original.forward)
+    parameters = list(signature.parameters.values())
+    own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:end], own, *parameters[end:]]
+    )
+    body = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "static_class": original,
+        "forward": forward,
+    }
+    return type(original.__name__, (StaticModelMixin, original), body)
+
+
+def _rebuild(original: type[PreTrainedModel]) -> Any:
+    cls = _with_adapters(original)
+    return cls.__new__(cls)

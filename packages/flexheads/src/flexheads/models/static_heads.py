@@ -1,0 +1,101 @@
+"""The head of a transformers class: whatever it has outside of its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexheads.checkpoints.bundle import SavedStaticHead
+from flexheads.errors import CheckpointError
+from flexheads.heads.base import label_names
+
+
+class StaticHead:
+    """A view on the static head of a model.
+
+    Args:
+        model: A model with adapter support.
+
+    Attributes:
+        keys: The head's entries in the model's state dict.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        backbone = model._attachment.backbone
+        outside = (f"{backbone.base_model_prefix}.", "adapters.")
+        state = {} if backbone is model else model.state_dict()
+        self.keys = tuple(key for key in state if not key.startswith(outside))
+        self.state = {key: state[key] for key in self.keys}
+
+    def modules(self) -> list[nn.Module]:
+        """The modules outside of the backbone."""
+        if self.model._attachment.backbone is self.model:
+            return []
+        backbone = self.model._attachment.backbone
+        return [
+            module
+            for name, module in self.model.named_children()
+            if module is not backbone and name != "adapters"
+        ]
+
+    def saved(self) -> SavedStaticHead | None:
+        """The head as it is saved, or None for a class without one."""
+        if not self.keys:
+            return None
+        config = self.model.config
+        return SavedStaticHead(
+            model_class=type(self.model).__name__,
+            tensors=self.state,
+            label2id=dict(config.label2id) if config.label2id else None,
+            problem_type=getattr(config, "problem_type", None),
+        )
+
+    def check(self, head: SavedStaticHead) -> None:
+        """Refuses a head that does not fit.
+
+        Raises:
+            CheckpointError: If a tensor is missing, left over or of another shape, or would change
+                the backbone, because the model ties it to its embeddings.
+        """
+        problems = [f"{key} is missing" for key in self.keys if key not in head.tensors]
+        problems += [f"{key} is left over" for key in head.tensors if key not in self.state]
+        shared = {p.data_ptr() for p in self.model._attachment.backbone.parameters()}
+        for key, tensor in self.state.items():
+            new = head.tensors.get(key)
+            if new is None:
+                continue
+            if new.shape != tensor.shape:
+                problems.append(
+                    f"{key} has shape {tuple(new.shape)} instead of {tuple(tensor.shape)}"
+                )
+            elif tensor.data_ptr() in shared and not torch.equal(new.to(tensor), tensor):
+                problems.append(f"{key} is tied to the backbone here, and differs from it")
+        if problems:
+            raise CheckpointError(
+                f"The head of {head.model_class} does not fit this model: {'; '.join(problems)}. "
+                "Load with with_head=False, or into a model with as many labels."
+            )
+
+    @torch.no_grad()
+    def fill(self, head: SavedStaticHead, id2label: Mapping[int, str] | None = None) -> None:
+        """Takes over a head that fits, with its labels.
+
+        Raises:
+            CheckpointError: If it does not fit; nothing is changed then.
+        """
+        self.check(head)
+        config = self.model.config
+        labels = head.label2id
+        if id2label is not None:
+            labels = label_names(None if labels is None else len(labels), id2label)["label2id"]
+        for key, tensor in self.state.items():
+            tensor.copy_(head.tensors[key])
+        if labels is not None:
+            config.id2label = {number: name for name, number in labels.items()}
+            config.label2id = dict(labels)
+        if head.problem_type is not None:
+            config.problem_type = head.problem_type

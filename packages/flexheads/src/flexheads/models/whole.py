@@ -1,0 +1,181 @@
+"""Whole models: one directory that holds backbone, adapters, heads, and what was active."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from flexheads.checkpoints.store import read_tensors
+from flexheads.checkpoints.transfer import fill
+from flexheads.composition import from_json, to_json
+from flexheads.errors import CheckpointError, UnsupportedError
+from flexheads.methods.config import load_config
+from flexheads.models.files import library_version
+from flexheads.plan import HeadRoute
+from flexheads.plugins import registry
+
+_KEY = "flexheads"
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+class WholeModelMixin:
+    """``save_pretrained`` for models with adapters.
+
+    All tensors go where transformers puts them, under ``adapters.`` and ``heads.`` beside the
+    backbone's own, so that the stock trainer resumes from such a directory; the configuration
+    says how to build what they fill.
+    """
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves the whole model; see transformers for the arguments.
+
+        Raises:
+            UnsupportedError: If an adapter is merged, because it would act twice after loading.
+        """
+        if self._merged:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"{next(iter(self._merged))!r} is merged into the backbone; "  # type: ignore[attr-defined]
+                "call reset_adapter() before saving the whole model."
+            )
+        config = self._attachment.backbone.config  # type: ignore[attr-defined]
+        config.flexheads = describe(self)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            del config.flexheads
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """What a saved configuration says about adapters and heads, in the order they were added."""
+    active = model._attachment.runtime.active
+    heads = getattr(model, "heads", {})
+    return {
+        "version": library_version(),
+        "adapters": [[name, adapter.config.to_dict()] for name, adapter in model.adapters.items()],
+        "heads": [[name, _provider(head), head.to_dict()] for name, head in heads.items()],
+        "active_adapters": to_json(active.setup),
+        "active_heads": [[route.head, route.chain] for route in active.heads],
+    }
+
+
+def _provider(head: Any) -> str:
+    provider = registry().provider_of(registry().head_type(head.head_type))
+    return f"{provider.distribution}=={provider.version}"
+
+
+def load_backbone(
+    backbone_class: type[PreTrainedModel], path: str, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a model by its own class, and says what was missing or left over.
+
+    Tensors of adapters and heads are no surprise, so transformers' report of them is kept quiet.
+    """
+    with _quiet_about_adapters():
+        model, info = backbone_class.from_pretrained(
+            path, *args, output_loading_info=True, **kwargs
+        )
+    return model, info
+
+
+def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
+    """Builds and fills the adapters and heads that a saved configuration describes.
+
+    Args:
+        model: The model, with its backbone loaded.
+        path: Where that was loaded from.
+        kwargs: The arguments of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: If tensors are missing, left over or of another shape.
+    """
+    config = model._attachment.backbone.config
+    described = config.__dict__.pop(_KEY, None)
+    if described is None:
+        return
+    tensors = _own_tensors(path, {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+    for name, fields in described["adapters"]:
+        adapter = model._build_adapter(name, load_config(fields, tolerant=True))
+        own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
+        fill(adapter, own, f"{path}: adapter {name!r}")
+        model._install(adapter)
+    for name, provider, fields in described["heads"] if hasattr(model, "heads") else ():
+        fields = dict(fields)
+        head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
+        fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
+        model._install_head(head)
+    heads = tuple(HeadRoute(*route) for route in described["active_heads"])
+    model._activate(from_json(described["active_adapters"]), heads)
+
+
+def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: tensor for k, tensor in tensors.items() if k.startswith(prefix)}
+
+
+def _own_tensors(path: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of adapters and heads in the files of a saved model, sharded or not."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single = _file(path, name, hub)
+        if single is not None:
+            return _filtered(single)
+        index = _file(path, f"{name}.index.json", hub)
+        if index is not None:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [_file(path, shard, hub) for shard in sorted(shards)]
+            return {k: t for file in files if file is not None for k, t in _filtered(file).items()}
+    raise CheckpointError(f"{path} has adapters in its configuration, but no weights.")
+
+
+def _filtered(file: Path) -> dict[str, Tensor]:
+    return {k: t for k, t in read_tensors(file).items() if k.startswith(("adapters.", "heads."))}
+
+
+def _file(path: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+    if Path(path).is_dir():
+        local = Path(path) / hub.get("subfolder", "") / name
+        return local if local.is_file() else None
+    found = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    return None if found is None else Path(found)
+
+
+@contextmanager
+def _quiet_about_adapters() -> Iterator[None]:
+    """Keeps transformers from reporting adapters and heads as tensors that nobody expects."""
+
+    class OnlyOurs(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            text = record.getMessage()
+            return not ("adapters." in text or "heads." in text)
+
+    loggers = [
+        logging.getLogger(f"transformers.{n}") for n in ("modeling_utils", "utils.loading_report")
+    ]
+    quiet = OnlyOurs()
+    for logger in loggers:
+        logger.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(quiet)

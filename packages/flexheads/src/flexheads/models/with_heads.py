@@ -1,0 +1,248 @@
+"""Classes with flexible heads: ``<backbone>WithHeads``, made from an architecture's spec."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from flexheads.composition import Setup
+from flexheads.errors import LabelError, UnknownNameError, UnsupportedError
+from flexheads.heads.base import Features, PredictionHead
+from flexheads.heads.outputs import MultiHeadOutput
+from flexheads.models.add_heads import AddHeadsMixin
+from flexheads.models.container import NamedModules
+from flexheads.models.inputs import flatten_choices, repeat_rows
+from flexheads.models.whole import WholeModelMixin, load_backbone, restore
+from flexheads.plan import HeadRoute, Plan
+from flexheads.plugins import registry, resolve
+from flexheads.sites.attach import EMBEDDINGS
+from flexheads.specs import ArchitectureSpec
+
+_LABELS = ("labels", "start_positions", "end_positions")
+
+
+class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
+    """A backbone with named adapters and named heads; see `with_heads_class`."""
+
+    spec: ClassVar[ArchitectureSpec]
+    backbone_class: ClassVar[type[PreTrainedModel]]
+    # The loss is a mean over the batch at hand, so a trainer must not rescale it.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self, config: PretrainedConfig, *, backbone: PreTrainedModel | None = None
+    ) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        backbone = self.backbone_class(config) if backbone is None else backbone
+        setattr(self, backbone.base_model_prefix, backbone)
+        self.heads = NamedModules("head")
+        self._attach(self.spec, backbone)
+        self._inputs = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
+        self.post_init()  # type: ignore[attr-defined]
+
+    def init_weights(self) -> None:
+        """Nothing: the backbone has initialised itself, and heads and adapters come later."""
+
+    @classmethod
+    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Loads a backbone, and the adapters and heads that were saved with it.
+
+        The backbone is loaded by its own transformers class, so everything that transformers does
+        for that class is done here: renamed checkpoints, dtypes, devices, quantisation.
+
+        Args:
+            path: A directory or the id of a repository on the hub; a plain backbone, a model with
+                a static head (whose head is left out), or what `save_pretrained` wrote.
+            args: As for transformers' ``from_pretrained``.
+            kwargs: As for transformers' ``from_pretrained``.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        backbone, info = load_backbone(cls.backbone_class, path, *args, **kwargs)
+        model = cls(backbone.config, backbone=backbone)
+        restore(model, path, kwargs)
+        model.eval()  # type: ignore[attr-defined]
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Setup = None,
+        head: str | list[str] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the backbone under a plan, and the heads of that plan on its output.
+
+        Args:
+            args: The backbone's inputs, in its own order.
+            adapter_names: The adapters of this call; None is the active setup, an empty list none.
+            head: The head or heads of this call; None is the active one, an empty list none.
+            return_dict: False for a plain tuple.
+            kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
+                ``end_positions`` for one head, or ``labels={head: ...}`` for several.
+
+        Returns:
+            The output of the head, a `MultiHeadOutput` of several, or the backbone's own output
+            without any.
+
+        Raises:
+            UnknownNameError: If an adapter or a head does not exist.
+            CompositionError: If the setup does not fit the batch.
+            LabelError: If labels are given and there is no head for them.
+        """
+        plan = self._call_plan(adapter_names, head)
+        inputs = dict(zip(self._inputs, args, strict=False)) | kwargs
+        labels = {name: inputs.pop(name) for name in self._label_names(plan) if name in inputs}
+        labels = self._labels_by_head(plan, {k: v for k, v in labels.items() if v is not None})
+        inputs, choices = flatten_choices(inputs)
+        if plan.routing.repeat > 1:
+            inputs = repeat_rows(inputs, plan.routing.repeat)
+        backbone = self._attachment.backbone
+        with self._enter(plan):
+            output = backbone(**inputs, return_dict=True)
+        if plan.heads:
+            features = self._features(plan, inputs, output, choices)
+            output = self._run_heads(plan, features, labels)
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else _as_tuple(output)
+
+    def _features(
+        self, plan: Plan, inputs: Mapping[str, Any], output: ModelOutput, choices: int | None
+    ) -> Features:
+        op = plan.ops.get(EMBEDDINGS)
+        return Features(
+            output,
+            pooling=self.spec.pooling,
+            attention_mask=inputs.get("attention_mask"),
+            input_ids=inputs.get("input_ids"),
+            choices=choices,
+            embeddings=self._embeddings(),
+            undo=None if op is None else op.inverse,
+        )
+
+    def _run_heads(
+        self, plan: Plan, features: Features, labels: Mapping[str, Mapping[str, Any]]
+    ) -> Any:
+        routing = plan.routing
+        rows = () if routing.single else routing.rows(features.hidden.shape[0])
+        outputs = []
+        for route in plan.heads:
+            given, own = labels.get(route.head, {}), features
+            if route.chain is not None and not routing.single:
+                own = _rows_of(features, plan, route.chain, rows[route.chain])
+            # Rows that Parallel has repeated share the labels of the rows they repeat.
+            if given and routing.repeat > 1 and route.chain is None:
+                given = repeat_rows(given, routing.repeat)
+            elif given and routing.repeat == 1 and own is not features:
+                given = _rows_of_labels(given, rows[route.chain])
+            outputs.append((route.head, self.heads[route.head](own, **given)))
+        return outputs[0][1] if len(outputs) == 1 and _is_whole(plan) else MultiHeadOutput(outputs)
+
+    def _label_names(self, plan: Plan) -> tuple[str, ...]:
+        own = [n for route in plan.heads for n in self.heads[route.head].label_names]
+        return tuple(dict.fromkeys([*_LABELS, *own]))
+
+    def _labels_by_head(self, plan: Plan, labels: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """The label arguments of each head."""
+        if not labels:
+            return {}
+        if not plan.heads:
+            raise LabelError(
+                f"{', '.join(labels)} given, but no head is active. Activate one with "
+                "active_head or set_active_adapters, or name it with head=."
+            )
+        names = [route.head for route in plan.heads]
+        by_head = labels.get("labels")
+        if not isinstance(by_head, Mapping):
+            return dict.fromkeys(names, labels)
+        if unknown := [name for name in by_head if name not in names]:
+            raise UnknownNameError("active head", unknown[0], names)
+        return {
+            name: value if isinstance(value, Mapping) else {"labels": value}
+            for name, value in by_head.items()
+            if value is not None
+        }
+
+
+def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:
+    op = plan.ops.get(EMBEDDINGS)
+    return features.select(lambda t: t[rows], None if op is None else op.for_chain(chain).inverse)
+
+
+def _rows_of_labels(labels: Mapping[str, Any], rows: list[int] | slice) -> dict[str, Any]:
+    return {name: value[rows] for name, value in labels.items()}
+
+
+def _is_whole(plan: Plan) -> bool:
+    """Whether the only head sees every row, so that its output is that of the call."""
+    return len(plan.heads) == 1 and (plan.heads[0].chain is None or plan.routing.single)
+
+
+def _as_tuple(output: Any) -> Any:
+    if isinstance(output, MultiHeadOutput):
+        return tuple(_as_tuple(o) for o in output.ordered)
+    return output.to_tuple() if isinstance(output, ModelOutput) else output
+
+
+@functools.cache
+def with_heads_class(name: str) -> type[ModelWithHeads]:
+    """The class with flexible heads of one architecture.
+
+    Args:
+        name: The class name, ``<backbone class>WithHeads``.
+
+    Raises:
+        UnknownNameError: If no installed package has such an architecture.
+    """
+    spec = registry().with_heads(name)
+    backbone = resolve(spec.backbone)
+    if not issubclass(backbone, PreTrainedModel):
+        raise UnsupportedError(f"{spec.backbone} is no transformers model.")
+    module = registry().provider_of(spec).module
+    base = next(c for c in backbone.__mro__ if c.__name__.endswith("PreTrainedModel"))
+    body: dict[str, Any] = {
+        "__module__": module.rpartition(".")[0] or module,
+        "__qualname__": name,
+        "__doc__": f"A `{backbone.__name__}` with named adapters and named prediction heads.",
+        "spec": spec,
+        "backbone_class": backbone,
+        "config_class": backbone.config_class,
+        "base_model_prefix": backbone.base_model_prefix,
+        "forward": _forward_for(backbone),
+    }
+    return type(name, (ModelWithHeads, base), body)
+
+
+def _forward_for(backbone: type[nn.Module]) -> Any:
+    """`ModelWithHeads.forward` with a signature that names the backbone's inputs and the labels.
+
+    Trainers and generation read the signature to learn which arguments a model takes.
+    """
+
+    @functools.wraps(ModelWithHeads.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ModelWithHeads.forward(self, *args, **kwargs)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(label, keyword, default=None)
+        for label in (*_LABELS, "adapter_names", "head", "return_dict")
+    ]
+    given = [
+        p
+        for p in inspect.signature(backbone.forward).parameters.values()
+        if p.name not in {o.name for o in own}
+    ]
+    fixed = [p for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
+    forward.__signature__ = inspect.Signature([*fixed, *own, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+__all__ = ["HeadRoute", "ModelWithHeads", "PredictionHead", "with_heads_class"]

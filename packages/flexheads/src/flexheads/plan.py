@@ -1,0 +1,39 @@
+"""The plan: what one forward call does, resolved once from a composition and the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexheads.composition import Block, Routing
+
+
+@dataclass(frozen=True)
+class HeadRoute:
+    """One head of a plan and the chain whose rows it sees.
+
+    Attributes:
+        head: The head's name.
+        chain: Number of the chain in `Plan.routing`; None means every row.
+    """
+
+    head: str
+    chain: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one call does: immutable, shared between calls and threads.
+
+    Attributes:
+        setup: The composition of adapters, or None.
+        routing: The rows that follow each chain.
+        heads: The heads that run, in the order of their outputs.
+        ops: For each site that takes part, by its logical address, what it does.
+    """
+
+    setup: Block | None = None
+    routing: Routing = field(default_factory=Routing)
+    heads: tuple[HeadRoute, ...] = ()
+    ops: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Sites: the places in a backbone where adapters act, and the hooks that let them in."""

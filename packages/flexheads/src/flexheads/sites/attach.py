@@ -1,0 +1,176 @@
+"""Finding an architecture's sites in a live model, and keeping just the hooks that are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.plan import HeadRoute, Plan
+from flexheads.composition import Block, route
+from flexheads.sites.base import AttachedSite, compiled
+from flexheads.sites.embedding import AttachedEmbedding
+from flexheads.sites.linear import AttachedLinear
+from flexheads.sites.residual import AttachedResidual
+from flexheads.sites.rows import RowMap
+from flexheads.sites.runtime import Runtime
+from flexheads.specs import ArchitectureSpec, LayerSpec, Path, ResidualSite
+
+RESIDUAL_ROLES = ("attention", "cross_attention", "feed_forward")
+LINEAR_ROLES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
+EMBEDDINGS = "embeddings"
+
+
+def find_module(root: nn.Module, path: Path, owner: str) -> nn.Module:
+    """The module at the first of the paths that resolves.
+
+    Raises:
+        ConfigError: If none resolves; the message names all that were tried.
+    """
+    for candidate in (path,) if isinstance(path, str) else path:
+        try:
+            return root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise ConfigError(
+        f"{owner}: {type(root).__name__} has no module at {path!r}. The spec does not fit the "
+        "installed transformers; add the new path as an alternative."
+    )
+
+
+class Attachment:
+    """The sites of one model, by logical address, and the hooks that are registered on them.
+
+    Hooks come with the first adapter that relies on them and go with the last, so a model without
+    adapters runs the bare backbone. All of them ask the runtime what to do, so switching between
+    adapters registers nothing.
+
+    Args:
+        model: The model; its base model is the backbone.
+        spec: The backbone's architecture.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, spec: ArchitectureSpec) -> None:
+        self.spec = spec
+        self.runtime = Runtime()
+        self.backbone = backbone
+        self.sites: dict[str, AttachedSite] = {}
+        self.depth = 0
+        self._handles: dict[tuple[str, str], RemovableHandle] = {}
+        for site in self._find_sites(model):
+            self.sites[site.address] = site
+        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    def _find_sites(self, model: nn.Module) -> Iterator[AttachedSite]:
+        owner, config = f"Architecture {self.spec.name!r}", self.backbone.config
+        if self.spec.embeddings is not None:
+            host = find_module(self.backbone, self.spec.embeddings, owner)
+            outputs = getattr(model, "get_output_embeddings", lambda: None)()
+            width = getattr(config, "embedding_size", None) or config.hidden_size
+            yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs)
+        for layers in self.spec.layers:
+            for layer in find_module(self.backbone, layers.path, owner).children():
+                yield from self._find_layer_sites(layer, layers, owner)
+                self.depth += 1
+
+    def _find_layer_sites(
+        self, layer: nn.Module, layers: LayerSpec, owner: str
+    ) -> Iterator[AttachedSite]:
+        number = self.depth
+        for role in RESIDUAL_ROLES:
+            site: ResidualSite | None = getattr(layers, role)
+            if site is not None:
+                output = find_module(layer, site.output, owner)
+                norm = None if site.norm is None else find_module(layer, site.norm, owner)
+                yield AttachedResidual(
+                    f"layers.{number}.{role}",
+                    role,
+                    number,
+                    layer,
+                    self.backbone.config.hidden_size,
+                    self.runtime,
+                    output=output,
+                    residual=find_module(layer, site.residual, owner),
+                    residual_from=site.residual_from,
+                    norm=norm,
+                )
+        for role in LINEAR_ROLES:
+            path: Path | None = getattr(layers, role)
+            if path is not None:
+                host = find_module(layer, path, owner)
+                yield AttachedLinear(f"layers.{number}.{role}", role, number, host, self.runtime)
+
+    def paths(self) -> dict[str, str]:
+        """For every site its path in AdapterHub files, relative to the backbone."""
+        found = {EMBEDDINGS: EMBEDDINGS} if EMBEDDINGS in self.sites else {}
+        number = 0
+        for layers in self.spec.layers:
+            stack = find_module(self.backbone, layers.path, self.spec.name)
+            for index in range(len(stack)):  # type: ignore[arg-type]
+                for role in (*RESIDUAL_ROLES, *LINEAR_ROLES):
+                    path = layers.adapterhub.get(role, getattr(layers, role))
+                    if path is not None and not isinstance(path, ResidualSite):
+                        word = f"{_first(layers.path)}.{index}.{_first(path)}"
+                        found[f"layers.{number}.{role}"] = word
+                number += 1
+        return found
+
+    def sync(self, adapters: Iterable[Mapping[str, nn.Module]]) -> None:
+        """Registers the hooks that these adapters rely on and removes all others.
+
+        Args:
+            adapters: The parts of each adapter, by address.
+
+        Raises:
+            UnsupportedError: If new hooks would go unseen, because a part of the backbone is
+                compiled by itself.
+        """
+        needed = {
+            (address, hook)
+            for parts in adapters
+            for address, part in parts.items()
+            for hook in self.sites[address].needed(part)
+        }
+        new = [key for key in needed if key not in self._handles]
+        if new and any(compiled(module) for module in self.backbone.modules()):
+            raise UnsupportedError(
+                "A part of the backbone is compiled, so hooks added now would be ignored. Add the "
+                "first adapter of each kind before compiling, or compile the whole model."
+            )
+        old = [key for key in self._handles if key not in needed]
+        for key in old:
+            self._handles.pop(key).remove()
+        for address, hook in sorted(new):
+            self._handles[address, hook] = self.sites[address].register(hook)
+        self.runtime.version += bool(old or new)
+
+    def plan(
+        self,
+        setup: Block | None,
+        adapters: Mapping[str, Mapping[str, nn.Module]],
+        heads: tuple[HeadRoute, ...] = (),
+    ) -> Plan:
+        """The plan for a setup.
+
+        Args:
+            setup: The composition.
+            adapters: The parts of every adapter that the setup names, by address.
+            heads: The heads that run.
+        """
+        routing = route(setup)
+        rows = None if routing.single else RowMap(routing)
+        ops = {}
+        for address in dict.fromkeys(a for name in adapters for a in adapters[name]):
+            chains: Sequence[Sequence[nn.Module]] = [
+                [adapters[name][address] for name in chain if address in adapters[name]]
+                for chain in routing.chains
+            ]
+            if any(chains):
+                ops[address] = self.sites[address].op(chains, rows)
+        return Plan(setup, routing, heads, ops)
+
+
+def _first(path: Path) -> str:
+    return path if isinstance(path, str) else path[0]

@@ -1,0 +1,107 @@
+"""What every attached site has in common: an address, a host module, and named hooks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flexheads.sites.rows import RowMap
+from flexheads.sites.runtime import Runtime
+
+
+class AttachedSite(ABC):
+    """One place in a live model where adapters act.
+
+    The hooks are bound methods of this object, and this object hangs in the model, so that copies
+    and pickles of the model carry their own.
+
+    Attributes:
+        address: The logical address, such as ``layers.3.feed_forward``; adapters key their parts
+            by it, and files in the library's own layout too.
+        role: The last word of the address, as in `flexheads.specs.LayerSpec`.
+        layer: The layer's number, counted through all stacks; None outside of the layers.
+        host: The module that lends its dtype and device to what is built here.
+        width: Size of the last dimension of the hidden states here.
+    """
+
+    kind: str
+    """What is handed to an adapter here: ``residual``, ``linear`` or ``embedding``."""
+
+    def __init__(
+        self,
+        address: str,
+        role: str,
+        layer: int | None,
+        host: nn.Module,
+        width: int,
+        runtime: Runtime,
+    ) -> None:
+        self.address, self.role, self.layer = address, role, layer
+        self.host, self.width, self.runtime = host, width, runtime
+
+    @abstractmethod
+    def needed(self, part: nn.Module) -> frozenset[str]:
+        """The names of the hooks that `part`, an adapter's module at this site, relies on."""
+
+    @abstractmethod
+    def register(self, hook: str) -> RemovableHandle:
+        """Registers the hook of that name on the backbone."""
+
+    @abstractmethod
+    def op(self, chains: Sequence[Sequence[nn.Module]], rows: RowMap | None) -> Any:
+        """What this site does in a plan: the parts of each chain, in order."""
+
+    def planned(self) -> Any:
+        """This site's part in the plan that holds, or None."""
+        return self.runtime.current().ops.get(self.address)
+
+    def place(self, part: nn.Module) -> nn.Module:
+        """Moves a new part to the dtype and device of the layer it sits at."""
+        weight = next((p for p in self.host.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return part
+        return part.to(device=weight.device, dtype=weight.dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.address!r})"
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The hidden states in what a module returned: the tensor itself or the first of a tuple."""
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states in what a module was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def run_chains(
+    chains: Sequence[Sequence[nn.Module]],
+    rows: RowMap | None,
+    run: Callable[..., Tensor],
+    *tensors: Tensor,
+) -> Tensor:
+    """Runs each chain on its rows of `tensors` and puts the results together.
+
+    Args:
+        chains: The parts of each chain.
+        rows: The rows of each chain; None where there is one chain for all.
+        run: Takes the parts of one chain and its rows of each tensor.
+        tensors: Each with the batch first.
+    """
+    if rows is None:
+        return run(chains[0], *tensors)
+    split = [rows.split(tensor) for tensor in tensors]
+    return rows.merge([run(parts, *own) for parts, *own in zip(chains, *split, strict=True)])
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether `module` itself has been compiled, so that new hooks below it stay unseen."""
+    dynamo = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
+    return isinstance(module, dynamo) or getattr(module, "_compiled_call_impl", None) is not None

@@ -1,0 +1,84 @@
+"""The embedding site: what enters the first layer, and its way back before a language-model head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flexheads.sites.base import AttachedSite, first_tensor, run_chains
+from flexheads.sites.rows import RowMap
+from flexheads.sites.runtime import Runtime
+
+
+class EmbeddingOp(NamedTuple):
+    """What the embedding site does in one plan."""
+
+    chains: tuple[tuple[nn.Module, ...], ...]
+    rows: RowMap | None
+
+    def for_chain(self, chain: int) -> EmbeddingOp:
+        """The same for the rows of one chain only."""
+        return EmbeddingOp((self.chains[chain],), None)
+
+    def inverse(self, hidden: Tensor) -> Tensor:
+        """Undoes the parts of each chain, last first: ``(batch, sequence, hidden)`` both ways."""
+        return run_chains(self.chains, self.rows, _undo, hidden)
+
+
+class AttachedEmbedding(AttachedSite):
+    """The embeddings of a live model; a part is a module with ``forward`` and ``inverse``.
+
+    Hooks: ``forward`` behind the embeddings; ``inverse`` before the output embeddings of a static
+    language-model head. Flexible heads ask for the inverse themselves.
+    """
+
+    kind = "embedding"
+
+    def __init__(
+        self,
+        address: str,
+        host: nn.Module,
+        width: int,
+        runtime: Runtime,
+        output_embeddings: nn.Module | None,
+    ) -> None:
+        super().__init__(address, address, None, host, width, runtime)
+        self.output_embeddings = output_embeddings
+
+    def needed(self, part: nn.Module) -> frozenset[str]:
+        return frozenset({"forward"} if self.output_embeddings is None else {"forward", "inverse"})
+
+    def register(self, hook: str) -> RemovableHandle:
+        if hook == "forward":
+            return self.host.register_forward_hook(self._after, prepend=True)
+        assert self.output_embeddings is not None
+        return self.output_embeddings.register_forward_pre_hook(self._before_output)
+
+    def op(self, chains: Sequence[Sequence[nn.Module]], rows: RowMap | None) -> EmbeddingOp:
+        return EmbeddingOp(tuple(map(tuple, chains)), rows)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        op: EmbeddingOp | None = self.planned()
+        if op is None:
+            return None
+        hidden = run_chains(op.chains, op.rows, _do, first_tensor(output))
+        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+
+    def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        op: EmbeddingOp | None = self.planned()
+        return None if op is None else (op.inverse(args[0]), *args[1:])
+
+
+def _do(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    for part in parts:
+        hidden = part(hidden)
+    return hidden
+
+
+def _undo(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    for part in reversed(parts):
+        hidden = part.inverse(hidden)  # type: ignore[operator]
+    return hidden

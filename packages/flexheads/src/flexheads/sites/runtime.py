@@ -1,0 +1,138 @@
+"""What is in force during a call: the plan of this thread, and what sites pass on inside it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexheads.plan import Plan
+
+
+class Runtime:
+    """The plan in force for each thread of one model.
+
+    Sites ask `current` in their hooks. A call enters a `scope` with its plan; outside of any scope
+    the model's `active` plan holds. Values that one hook hands to another travel through `put` and
+    `take`, which keep threads apart. While a graph is traced, plain attributes stand in for the
+    thread's, because tracing is single-threaded and cannot follow thread-local storage.
+
+    Attributes:
+        active: The plan that the model's setters have chosen.
+        version: Grows whenever hooks come or go. The model's forward reads it, so that a compiled
+            model traces again and sees them.
+        plans: Plans that were resolved for single calls.
+    """
+
+    def __init__(self) -> None:
+        self.active = Plan()
+        self.version = 0
+        self.plans: dict[Any, Plan] = {}
+        self._traced_plan: Plan | None = None
+        self._traced_values: dict[str, Any] = {}
+        self._threads = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles start outside of any call."""
+        return {"active": self.active, "version": self.version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def current(self) -> Plan:
+        """The plan that holds for the running thread."""
+        if torch.compiler.is_compiling():
+            return self.active if self._traced_plan is None else self._traced_plan
+        plan: Plan | None = getattr(self._threads, "plan", None)
+        return self.active if plan is None else plan
+
+    def scope(self, plan: Plan) -> Scope:
+        """A context in which `plan` holds for the running thread."""
+        return Scope(self, plan)
+
+    def put(self, key: str, value: Any) -> None:
+        """Hands a value to a later hook of the same call."""
+        self._values()[key] = value
+
+    def take(self, key: str) -> Any:
+        """What an earlier hook of the same call has put, or None."""
+        return self._values().pop(key, None)
+
+    def _values(self) -> dict[str, Any]:
+        if torch.compiler.is_compiling():
+            return self._traced_values
+        values: dict[str, Any] = self._threads.__dict__.setdefault("values", {})
+        return values
+
+
+class Scope:
+    """The context manager behind `Runtime.scope`; what hooks left behind is dropped on leaving."""
+
+    def __init__(self, runtime: Runtime, plan: Plan) -> None:
+        self.runtime, self.plan = runtime, plan
+        self.previous: Plan | None = None
+
+    def __enter__(self) -> Plan:
+        runtime = self.runtime
+        if torch.compiler.is_compiling():
+            self.previous = runtime._traced_plan
+            runtime._traced_plan = self.plan
+        else:
+            self.previous = getattr(runtime._threads, "plan", None)
+            runtime._threads.plan = self.plan
+        return self.plan
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        runtime = self.runtime
+        if torch.compiler.is_compiling():
+            runtime._traced_plan = self.previous
+        else:
+            runtime._threads.plan = self.previous
+            if kind is not None:
+                runtime._values().clear()
+
+
+class PlannedCheckpoint:
+    """A gradient-checkpointing function whose recomputation runs under the plan of its forward.
+
+    The backward pass recomputes activations after the call has ended and, on a GPU, in a thread
+    of its own; by then another plan may hold.
+    """
+
+    def __init__(self, runtime: Runtime, checkpoint: Callable[..., Any]) -> None:
+        self.runtime, self.checkpoint = runtime, checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        replay = _Replay(self.runtime, self.runtime.current(), function)
+        return self.checkpoint(replay, *args, **kwargs)
+
+
+class _Replay:
+    def __init__(self, runtime: Runtime, plan: Plan, function: Callable[..., Any]) -> None:
+        self.runtime, self.plan, self.function = runtime, plan, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.runtime.scope(self.plan):
+            return self.function(*args, **kwargs)
+
+
+def plan_checkpoints(modules: Iterable[nn.Module], runtime: Runtime) -> None:
+    """Binds the checkpointing functions of `modules` to the plan of each call.
+
+    Called on entering a training forward, because users and trainers switch checkpointing on at
+    any time and at any level of the model.
+    """
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, PlannedCheckpoint):
+            module.__dict__["_gradient_checkpointing_func"] = PlannedCheckpoint(runtime, function)

@@ -1,0 +1,193 @@
+"""The frozen values that plugins hand to the core; paths and classes are strings, so no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Path = str | tuple[str, ...]
+"""A dotted module path, or alternatives of which the first that resolves is taken.
+
+Alternatives are how one package serves several transformers releases. A path whose module is what
+the AdapterHub files of 2020 to 2026 name comes first.
+"""
+
+Pooling = Literal["first_token", "last_token", "last_eos", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualSite:
+    """Where a sub-layer's result meets the residual stream.
+
+    Attributes:
+        output: The module whose output is the sub-layer result `x`, before the residual is added.
+        residual: The module whose first input is the residual `r`.
+        residual_from: Whether `r` is that module's first input or its output.
+        norm: The layer norm that takes `x + r` (post-LN), or None where the norm comes first.
+    """
+
+    output: Path
+    residual: Path
+    residual_from: Literal["input", "output"] = "input"
+    norm: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """The sites in one stack of equal layers; every path is relative to one layer.
+
+    Attributes:
+        path: The ``ModuleList`` of layers, relative to the backbone.
+        attention: Residual site behind the self-attention.
+        cross_attention: Residual site behind the cross-attention of a decoder.
+        feed_forward: Residual site behind the feed-forward network.
+        query, key, value, attention_output: Linear projections of the self-attention.
+        mlp_in, mlp_out: Linear projections of the feed-forward network.
+        adapterhub: For files in the AdapterHub layout: site role to module path inside the layer.
+            Roles that are not named use the first alternative of their own path.
+    """
+
+    path: Path
+    attention: ResidualSite | None = None
+    cross_attention: ResidualSite | None = None
+    feed_forward: ResidualSite | None = None
+    query: Path | None = None
+    key: Path | None = None
+    value: Path | None = None
+    attention_output: Path | None = None
+    mlp_in: Path | None = None
+    mlp_out: Path | None = None
+    adapterhub: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSpec:
+    """One architecture: where its sites are and how its features are pooled.
+
+    Attributes:
+        name: The architecture's name; `AutoModelWithHeads` prints it.
+        model_types: The values of ``config.model_type`` that this spec answers to.
+        backbone: The transformers base model, as ``"module:Class"``.
+        layers: The stacks of layers. Layer numbers count through them in this order.
+        embeddings: The module whose output enters the first layer; invertible adapters act on it.
+        pooling: The token that stands for the sequence where a head asks for one vector.
+        pooler: Whether the base model has a trained pooler (``pooler_output``).
+        tiny: Configuration overrides that make a tiny random model, for tests.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    backbone: str
+    layers: tuple[LayerSpec, ...]
+    embeddings: Path | None = None
+    pooling: Pooling = "first_token"
+    pooler: bool = False
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def with_heads(self) -> str:
+        """Name of the class with flexible heads: ``<backbone class>WithHeads``."""
+        return self.backbone.partition(":")[2] + "WithHeads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTypeSpec:
+    """A type of prediction head.
+
+    Attributes:
+        name: The ``head_type`` that is written into saved heads.
+        head: The head class, as ``"module:Class"``; a subclass of `flexheads.heads.PredictionHead`.
+        description: One line for tables.
+    """
+
+    name: str
+    head: str
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMethodSpec:
+    """A method of adaptation.
+
+    Attributes:
+        name: The method's name.
+        method: The class that builds and applies it, as ``"module:Class"``; a subclass of
+            `flexheads.methods.AdapterMethod`.
+        config: The configuration class that saved configurations load into, as ``"module:Class"``.
+        identifiers: Short names that users write, each with its configuration class and the fields
+            it sets: ``{"scaled_par_bn": ("module:ParBnConfig", {"scaling": "learned"})}``.
+        tag: Value of the key ``"architecture"`` in saved configurations; None is the method's name.
+        description: One line for tables.
+    """
+
+    name: str
+    method: str
+    config: str
+    identifiers: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    tag: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule:
+    """How (a part of) a static head and one flexible head correspond; read in both directions.
+
+    Attributes:
+        head_type: The type of the flexible head.
+        weights: Prefix of the static tensors to prefix in the flexible head, for example
+            ``{"classifier": "layers.0"}``. Every static tensor is covered by exactly one prefix.
+        config: The flexible head's configuration, as far as the static class fixes it.
+        config_from: Head configuration key to the attribute (or alternatives) of the model's
+            configuration that sets it.
+        aliases: Static tensors that repeat another one: ``{"cls.predictions.bias": "..."}``.
+        suffix: Appended to the name where a static class becomes several flexible heads.
+        output: The field of the static model's output that equals the head's logits.
+    """
+
+    head_type: str
+    weights: Mapping[str, str]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_from: Mapping[str, Path] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    suffix: str = ""
+    output: str = "logits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConversion:
+    """A static transformers class and the flexible heads that it equals.
+
+    Attributes:
+        architecture: The `ArchitectureSpec.name` that the class belongs to.
+        static_class: The class name, for example ``"AcmeForSequenceClassification"``.
+        heads: One rule for each flexible head.
+    """
+
+    architecture: str
+    static_class: str
+    heads: tuple[HeadRule, ...]
+
+    @property
+    def name(self) -> str:
+        """The key under which the registry holds this conversion."""
+        return self.static_class
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """A layout of files on disk.
+
+    Attributes:
+        name: The format's name.
+        format: The class that detects, reads and writes it, as ``"module:Class"``; a subclass of
+            `flexheads.checkpoints.Format`.
+        description: One line for tables.
+    """
+
+    name: str
+    format: str
+    description: str = ""
+
+
+Spec = ArchitectureSpec | HeadTypeSpec | AdapterMethodSpec | HeadConversion | CheckpointFormat
