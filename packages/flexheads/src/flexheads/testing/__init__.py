@@ -1,0 +1,15 @@
+"""For tests: tiny random models, and the checks that every architecture package passes."""
+
+from flexheads._lazy import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "ArchitectureChecks": "flexheads.testing.conformance",
+        "randomise": "flexheads.testing.tiny",
+        "tiny_config": "flexheads.testing.tiny",
+        "tiny_inputs": "flexheads.testing.tiny",
+        "tiny_model": "flexheads.testing.tiny",
+        "tiny_static": "flexheads.testing.tiny",
+    },
+)

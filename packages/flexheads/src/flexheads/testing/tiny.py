@@ -1,0 +1,67 @@
+"""Tiny random models of any registered architecture, and inputs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from flexheads.models.with_heads import ModelWithHeads, with_heads_class
+from flexheads.plugins import registry, resolve
+
+
+def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
+    """The tiny configuration that an architecture's spec gives.
+
+    Args:
+        architecture: The architecture's name.
+        changes: Fields to set differently.
+    """
+    spec = registry().architecture(architecture)
+    config: PretrainedConfig = resolve(spec.backbone).config_class(**{**spec.tiny, **changes})
+    return config
+
+
+def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> ModelWithHeads:
+    """A tiny random model with flexible heads, in eval mode."""
+    torch.manual_seed(seed)
+    config = tiny_config(architecture, **changes)
+    model = with_heads_class(registry().architecture(architecture).with_heads)(config)
+    return model.eval()  # type: ignore[no-any-return, attr-defined]
+
+
+def tiny_static(class_name: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model of a transformers class, in eval mode, with every weight random.
+
+    Biases and norms are drawn too, so that a check can tell whether one was lost.
+    """
+    torch.manual_seed(seed)
+    architecture = registry().conversion(class_name).architecture
+    model = getattr(transformers, class_name)(tiny_config(architecture, **changes)).eval()
+    return randomise(model, std=0.1)
+
+
+def tiny_inputs(
+    config: PretrainedConfig, batch: int = 3, length: int = 7, seed: int = 0
+) -> dict[str, Tensor]:
+    """Token inputs with padding in the last row: ``input_ids`` and ``attention_mask``."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def randomise(module: Any, std: float = 0.3, seed: int = 0) -> Any:
+    """Draws every parameter anew, large enough to matter; layer norms stay near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        parent = module.get_submodule(name.rpartition(".")[0])
+        noise = torch.randn(parameter.shape, generator=generator) * std
+        near_one = isinstance(parent, nn.LayerNorm) and name.endswith("weight")
+        parameter.copy_((noise + 1.0 if near_one else noise).to(parameter))
+    return module
