@@ -19,7 +19,7 @@ def activation(name: str | None) -> nn.Module | None:
     if name.lower() == "leakyrelu":
         return nn.LeakyReLU()
     try:
-        function: nn.Module = get_activation(name.lower())
+        function: nn.Module = get_activation(name.lower())  # type: ignore[no-untyped-call]
     except KeyError as error:
         raise ConfigError(f"There is no activation {name!r} in transformers.") from error
     return function

@@ -25,7 +25,7 @@ class Block:
         object.__setattr__(self, "children", tuple(self._child(child) for child in children))
 
     def _child(self, child: Setup) -> Child:
-        if isinstance(child, Block) or (isinstance(child, str)):
+        if isinstance(child, (Block, str)):
             return child
         if isinstance(child, (list, tuple)):
             return Stack(*child)
@@ -40,7 +40,7 @@ class Block:
         return (self.children,)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._state() == other._state()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self._state() == other._state()
 
     def __hash__(self) -> int:
         return hash((type(self), self._state()))
@@ -200,7 +200,8 @@ class Routing:
         sizes = self.sizes or (batch // len(self.chains),) * len(self.chains)
         if sum(sizes) != batch:
             raise CompositionError(
-                f"The setup shares out {sum(sizes)} rows as {list(sizes)}, but the batch has {batch}."
+                f"The setup shares out {sum(sizes)} rows as {list(sizes)}, but the batch "
+                f"has {batch}."
             )
         starts = [sum(sizes[:number]) for number in range(len(sizes))]
         return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))

@@ -1,4 +1,4 @@
-"""The AdapterHub layout: what the `adapters` library and its ancestors since 2020 read and write."""
+"""The AdapterHub layout, which the `adapters` library and its ancestors have used since 2020."""
 
 from __future__ import annotations
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from flexheads.configs import Config
 from flexheads.errors import ConfigError, LabelError, UnsupportedError
@@ -49,7 +50,7 @@ class LabelledConfig(HeadConfig):
         if labels is not None and sorted(labels.values()) != list(range(self.num_labels)):
             raise ConfigError(
                 f"num_labels={self.num_labels}, but the label names are numbered "
-                f"{sorted(labels.values())}: name every number from 0 to {self.num_labels - 1} once."
+                f"{sorted(labels.values())}: name every number below {self.num_labels} once."
             )
 
     @property
@@ -79,7 +80,7 @@ class Features:
 
     def __init__(
         self,
-        output: ModelOutput,
+        output: Any,
         *,
         pooling: str = "first_token",
         attention_mask: Tensor | None = None,
@@ -211,7 +212,7 @@ class Stacked(nn.Module):
     ) -> None:
         super().__init__()
         last = len(sizes) - 2
-        for number, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
             self.add_module(str(number), nn.Linear(inputs, outputs, bias=bias or number < last))
         self.depth = len(sizes) - 1
         self.activation = activation

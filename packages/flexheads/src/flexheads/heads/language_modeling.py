@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 class MultiHeadOutput(dict[str, Any]):
@@ -34,7 +34,9 @@ class MultiHeadOutput(dict[str, Any]):
     def loss(self) -> Tensor | None:
         """The sum of the losses, or None where no head had labels."""
         losses = [
-            o.loss for o in self.ordered if isinstance(o, ModelOutput) and o.get("loss") is not None
+            o["loss"]
+            for o in self.ordered
+            if isinstance(o, ModelOutput) and o.get("loss") is not None
         ]
         return sum(losses[1:], losses[0]) if losses else None
 

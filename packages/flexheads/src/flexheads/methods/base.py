@@ -1,4 +1,4 @@
-"""The interface of an adapter method, and the one module that holds all parameters of an adapter."""
+"""The interface of an adapter method, and the module that holds all of an adapter's parameters."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.methods.invertible import build_coupling
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.residual import Stream
+from flexheads.sites.residual import ResidualPart, Stream
 
 _ROLES = {
     "mh_adapter": "attention",
@@ -114,7 +114,7 @@ class BnConfig(AdapterConfig):
         Raises:
             ConfigError: If the map has none for it, or the number is not positive.
         """
-        factor = self.reduction_factor
+        factor: Any = self.reduction_factor
         if isinstance(factor, Mapping):
             named = {str(key): value for key, value in factor.items()}
             factor = named.get(str(layer), named.get("default"))
@@ -125,7 +125,7 @@ class BnConfig(AdapterConfig):
                 )
         if not _is_number(factor) or factor <= 0:
             raise ConfigError(f"reduction_factor={factor!r} must be a positive number.")
-        return factor
+        return float(factor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ class AdapterPlusConfig(BnConfig):
     non_linearity: str = "gelu"
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualPart):
     """One bottleneck at one residual site.
 
     ``delta(h) = scaling * up(act(down(h)))``, with the norms, dropout and gate that are configured.
@@ -212,7 +212,7 @@ class Bottleneck(nn.Module):
         self.config = config
         self.norm_before = nn.LayerNorm(width) if config.ln_before else None
         self.down = nn.Linear(width, size)
-        self.activation = activation(config.non_linearity)
+        self.activation = activation(config.non_linearity) or nn.Identity()
         self.up = nn.Linear(size, width)
         self.norm_after = nn.LayerNorm(width) if config.ln_after else None
         self.gate = nn.Linear(width, 1) if config.use_gating else None
@@ -260,7 +260,7 @@ class Bottleneck(nn.Module):
         """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
         config = self.config
         inner = hidden if self.norm_before is None else self.norm_before(hidden)
-        delta = self.up(self.activation(self.down(inner)))
+        delta: Tensor = self.up(self.activation(self.down(inner)))
         if self.training and config.stochastic_depth > 0.0:
             delta = _drop_rows(delta, config.stochastic_depth)
         if config.scaling != 1:
@@ -272,7 +272,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, stream: Stream) -> Stream:
         """Adapts the residual stream; see `flexheads.sites.residual.Stream`."""
-        total, x, r, norm = stream
+        total: Any
+        x: Any
+        r: Any
+        total, x, r, norm = stream  # those in `needs` are there
         skip = None  # None: the skip starts at x
         config = self.config
         if config.is_parallel:
@@ -285,10 +288,11 @@ class Bottleneck(nn.Module):
             hidden = x
         delta = self.delta(hidden)
         if self.skips_inside:
-            x = self.norm_after(delta + (x if skip is None else skip))
-            return Stream(x + r, x, r, norm)
+            delta = delta + (x if skip is None else skip)
         if self.norm_after is not None:
             delta = self.norm_after(delta)
+        if self.skips_inside:
+            return Stream(delta + r, delta, r, norm)
         if skip is None:
             return Stream(
                 None if total is None else total + delta, None if x is None else x + delta, r, norm
@@ -332,7 +336,7 @@ class BottleneckMethod(AdapterMethod):
 
 
 def _drop_rows(tensor: Tensor, probability: float) -> Tensor:
-    """Zeroes whole rows of the batch and scales up the rest (Huang et al. 2016, arXiv:1603.09382)."""
+    """Zeroes rows of the batch and scales up the rest (Huang et al. 2016, arXiv:1603.09382)."""
     shape = (tensor.shape[0],) + (1,) * (tensor.dim() - 1)
     keep = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     return tensor * keep.bernoulli_(1.0 - probability).div_(1.0 - probability)

@@ -88,7 +88,8 @@ def load_config(
         return load_config(_read_json(Path(config)), tolerant=True, **changes)
     name, arguments = _parse(config)
     _, reference, fields = registry().identifier(name)
-    return resolve(reference)(**fields).replace(**{**arguments, **changes})
+    preset: AdapterConfig = resolve(reference)(**fields)
+    return preset.replace(**{**arguments, **changes})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -109,9 +110,10 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         )
     try:
         call = ast.parse(f"_({match['arguments'] or ''})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("only keyword arguments")
         return match["name"], {str(k.arg): _literal(k.value) for k in call.keywords if k.arg}
-    except (SyntaxError, ValueError, AssertionError) as error:
+    except (SyntaxError, ValueError) as error:
         raise ConfigError(
             f"Cannot read the arguments in {text!r}. Write them as Python keyword arguments."
         ) from error

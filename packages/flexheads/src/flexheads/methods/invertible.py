@@ -1,4 +1,4 @@
-"""Invertible adapters: coupling blocks behind the embeddings, undone before a language-model head."""
+"""Invertible adapters: coupling blocks behind the embeddings, undone before a language model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import seeded
 from flexheads.sites.base import AttachedSite
+from flexheads.sites.embedding import EmbeddingPart
 
 if TYPE_CHECKING:
     from flexheads.methods.bottleneck import BnConfig
 
 
-class NiceCoupling(nn.Module):
+class NiceCoupling(EmbeddingPart):
     """An additive coupling block (NICE, Dinh et al. 2015, arXiv:1410.8516, equation 7).
 
     ``y1 = x1 + F(x2)`` and ``y2 = x2 + G(y1)``, over two halves of the hidden size.
@@ -74,7 +75,9 @@ def build_coupling(sites: Mapping[str, AttachedSite], config: BnConfig) -> dict[
 def _subnet(inputs: int, outputs: int, non_linearity: str, factor: float) -> nn.Sequential:
     inner = int(inputs // factor)
     net = nn.Sequential(
-        nn.Linear(inputs, inner), activation(non_linearity), nn.Linear(inner, outputs)
+        nn.Linear(inputs, inner),
+        activation(non_linearity) or nn.Identity(),
+        nn.Linear(inner, outputs),
     )
     for linear in (net[0], net[2]):
         nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.linear import AttachedLinear
+from flexheads.sites.linear import AttachedLinear, LinearPart
 
 _MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention_output"}
 
@@ -65,7 +65,7 @@ class LoRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         wrong = []
-        if not isinstance(self.r, int) or self.r < 1:
+        if self.r != int(self.r) or self.r < 1:
             wrong.append(f"r={self.r!r} must be a positive whole number")
         if self.composition_mode not in ("add", "scale"):
             wrong.append(f'composition_mode={self.composition_mode!r} is neither "add" nor "scale"')
@@ -94,7 +94,7 @@ class LoRAConfig(AdapterConfig):
         return roles + ["mlp_in"] * self.intermediate_lora + ["mlp_out"] * self.output_lora
 
 
-class _Gated(nn.Module):
+class _Gated(LinearPart):
     """What the additive and the scaling part share: the gate, or else the scaling."""
 
     def __init__(self, in_features: int, config: LoRAConfig) -> None:

@@ -36,7 +36,7 @@ class AddHeadsMixin(HeadsMixin):
         dropout_prob: float | None = None,
         set_active: bool = True,
     ) -> None:
-        """Adds sequence classification; one label is regression, `multilabel` any number at once."""
+        """Adds sequence classification; one label is regression, `multilabel` is any number."""
         self.add_head(
             head_name,
             "multilabel_classification" if multilabel else "classification",

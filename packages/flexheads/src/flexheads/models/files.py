@@ -17,15 +17,16 @@ from flexheads.checkpoints.bundle import (
     SavedStaticHead,
 )
 from flexheads.checkpoints.transfer import fill, read_bundle, write_bundle
-from flexheads.errors import CheckpointError, ConfigError
+from flexheads.errors import CheckpointError
 from flexheads.methods.config import load_config
+from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
 from flexheads.specs import Spec
 
 logger = logging.getLogger(__name__)
 
 
-class SavingMixin:
+class SavingMixin(AdapterModelMixin):
     """``save_adapter`` and ``load_adapter``, and what heads add to them."""
 
     def save_adapter(
@@ -48,7 +49,7 @@ class SavingMixin:
             UnknownNameError: If there is no such adapter or format.
             CheckpointError: If the directory cannot be used.
         """
-        adapter = self.adapters[adapter_name]  # type: ignore[attr-defined]
+        adapter = self.adapters[adapter_name]
         method = registry().method_for_tag(adapter.config.tag)
         head = self._saved_head(adapter_name) if with_head else None
         bundle = Bundle(
@@ -94,21 +95,21 @@ class SavingMixin:
             The model is as it was before in each case.
         """
         if upstream:
-            return super().load_adapter(adapter_name_or_path, **upstream)  # type: ignore[misc]
+            return str(super().load_adapter(adapter_name_or_path, **upstream))  # type: ignore[misc]
         bundle = read_bundle(adapter_name_or_path, self._layout(), revision)
         if bundle.adapter is None:
             raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
         config = load_config(bundle.adapter.config, tolerant=True)
-        adapter = self._build_adapter(name, config)  # type: ignore[attr-defined]
+        adapter = self._build_adapter(name, config)
         fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")
         head_name = load_as if load_as is not None or not _is_static(bundle) else name
         heads = self._prepare_head(bundle, head_name, id2label, overwrite_ok) if with_head else None
-        self._install(adapter)  # type: ignore[attr-defined]
+        self._install(adapter)
         self._install_prepared(heads)
         if set_active:
-            self.set_active_adapters(name)  # type: ignore[attr-defined]
+            self.set_active_adapters(name)
         return name
 
     # --- what the classes with heads fill in --------------------------------------------------
@@ -134,15 +135,8 @@ class SavingMixin:
 
     # --- helpers ------------------------------------------------------------------------------
 
-    def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
-        if name in getattr(self, f"{kind}s") and not overwrite_ok:
-            raise ConfigError(
-                f"There is {'an' if kind == 'adapter' else 'a'} {kind} {name!r} already. Pass "
-                "overwrite_ok=True to replace it, or load_as= to load under another name."
-            )
-
     def _layout(self) -> Layout:
-        attachment = self._attachment  # type: ignore[attr-defined]
+        attachment = self._attachment
         backbone = attachment.backbone
         return Layout(
             architecture=attachment.spec.name,
@@ -157,15 +151,15 @@ class SavingMixin:
         return self._provenance(registry().head_type(kind) if kind else None)
 
     def _provenance(self, spec: Spec | None) -> Provenance:
-        config = self._attachment.backbone.config  # type: ignore[attr-defined]
-        provider = None if spec is None else registry().provider_of(spec)
+        config = self._attachment.backbone.config
+        origin = None if spec is None else registry().provider_of(spec)
         return Provenance(
             model_type=config.model_type,
             model_class=type(self).__name__,
             model_name=config.name_or_path or None,
             hidden_size=config.hidden_size,
             version=f"flexheads.{library_version()}",
-            provider=provider and f"{provider.distribution}=={provider.version}",
+            provider=None if origin is None else f"{origin.distribution}=={origin.version}",
         )
 
 

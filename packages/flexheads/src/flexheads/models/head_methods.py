@@ -15,12 +15,12 @@ from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
 from flexheads.models.container import NamedModules
-from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.files import SavingMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry, resolve
 
 
-class HeadsMixin(AdapterModelMixin):
+class HeadsMixin(SavingMixin):
     """Named prediction heads of any installed type.
 
     Attributes:
@@ -80,14 +80,14 @@ class HeadsMixin(AdapterModelMixin):
         provider: str | None = None,
         tolerant: bool = False,
     ) -> PredictionHead:
-        """A new head that is not in the model yet, on the device and in the dtype of the backbone."""
+        """A new head that is not in the model yet, placed where the backbone ends."""
         head_class = resolve(registry().head_type(head_type, provider=provider).head)
         backbone = self._attachment.backbone
         fields = head_class.config_class.from_dict(config, tolerant=tolerant)
         head: PredictionHead = head_class(name, fields, backbone.config)
         last = [p for p in backbone.parameters() if p.is_floating_point()][-1]
         head.to(device=last.device, dtype=last.dtype)
-        return head.train(self.training)  # type: ignore[attr-defined]
+        return head.train(self.training)
 
     def _install_head(self, head: PredictionHead) -> None:
         self.heads.put(head.name, head)

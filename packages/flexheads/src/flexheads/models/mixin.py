@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flexheads.composition import Block, Setup, parse_composition
 from flexheads.errors import ConfigError, FlexheadsError, UnknownNameError, UnsupportedError
 from flexheads.methods.base import Adapter
 from flexheads.methods.config import AdapterConfig, load_config
+from flexheads.models.base import TransformersModel
 from flexheads.models.container import NamedModules
-from flexheads.models.files import SavingMixin
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import Attachment
@@ -22,8 +23,11 @@ from flexheads.specs import ArchitectureSpec
 
 _PLANS_KEPT = 256
 
+_Original = tuple[nn.Linear, Tensor, Tensor | None]
+"""A projection, and the weight and bias that it had before merging."""
 
-class AdapterModelMixin(SavingMixin):
+
+class AdapterModelMixin(TransformersModel):
     """Named adapters on a transformers model.
 
     Attributes:
@@ -32,9 +36,9 @@ class AdapterModelMixin(SavingMixin):
 
     adapters: NamedModules[Adapter]
     _attachment: Attachment
-    _merged: dict[str, list[tuple[nn.Module, Tensor, Tensor | None]]]
+    _merged: dict[str, list[_Original]]
 
-    def _attach(self, spec: ArchitectureSpec, backbone: nn.Module) -> None:
+    def _attach(self, spec: ArchitectureSpec, backbone: PreTrainedModel) -> None:
         """Gives the model its adapter support."""
         self._attachment = Attachment(self, backbone, spec)  # type: ignore[arg-type]
         self.adapters = NamedModules("adapter")
@@ -68,11 +72,7 @@ class AdapterModelMixin(SavingMixin):
         if hasattr(adapter_name, "peft_type") or "adapter_config" in upstream:
             super().add_adapter(adapter_name, config, **upstream)  # type: ignore[misc]
             return
-        if adapter_name in self.adapters and not overwrite_ok:
-            raise ConfigError(
-                f"There is an adapter {adapter_name!r} already. Pass overwrite_ok=True to replace "
-                "it, or choose another name."
-            )
+        self._refuse_taken("adapter", adapter_name, overwrite_ok)
         self._install(self._build_adapter(adapter_name, load_config(config)))
         if set_active:
             self.set_active_adapters(adapter_name)
@@ -113,7 +113,14 @@ class AdapterModelMixin(SavingMixin):
             raise ConfigError(f"The configuration of adapter {name!r} adapts nothing: {config!r}.")
         for address, part in parts.items():
             sites[address].place(part)
-        return Adapter(name, config, method, parts).train(self.training)  # type: ignore[attr-defined]
+        return Adapter(name, config, method, parts).train(self.training)
+
+    def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
+        if name in getattr(self, f"{kind}s") and not overwrite_ok:
+            raise ConfigError(
+                f"There is already one {kind} named {name!r}. Pass overwrite_ok=True to replace "
+                "it, or choose another name (load_as= when loading)."
+            )
 
     def _install(self, adapter: Adapter) -> None:
         """Puts an adapter into the model, in place of one of its name."""
@@ -204,7 +211,7 @@ class AdapterModelMixin(SavingMixin):
         attachment = self._attachment
         if attachment.runtime.version < 0:  # read so that compiled code is traced anew, see Runtime
             raise FlexheadsError("The hooks of this model are in an impossible state.")
-        if self.training and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        if self.training and not torch.compiler.is_compiling():
             plan_checkpoints(attachment.checkpointed, attachment.runtime)
         return attachment.runtime.scope(plan)
 
@@ -216,7 +223,7 @@ class AdapterModelMixin(SavingMixin):
             parameter.requires_grad_(not freeze)
 
     def train_adapter(self, setup: Setup) -> None:
-        """Makes exactly these adapters and the heads that go with them trainable, and activates them.
+        """Makes exactly these adapters and their heads trainable, and activates them.
 
         The heads are those of the adapters' names; where there is none, the active head.
 
@@ -231,7 +238,7 @@ class AdapterModelMixin(SavingMixin):
         if merged := [n for n in (block.names() if block else ()) if n in self._merged]:
             raise UnsupportedError(f"{merged} are merged; call reset_adapter() before training.")
         self.set_active_adapters(block)
-        for parameter in self.parameters():  # type: ignore[attr-defined]
+        for parameter in self.parameters():
             parameter.requires_grad_(False)
         trained = [self.adapters[name] for name in (block.names() if block else ())]
         for module in [*trained, *self._active_head_modules()]:
@@ -257,17 +264,19 @@ class AdapterModelMixin(SavingMixin):
             raise UnsupportedError(
                 f"{next(iter(self._merged))!r} is merged already; call reset_adapter() first."
             )
-        kept, folded = [], []
+        kept: list[_Original] = []
+        folded = []
         with torch.no_grad():
             for address, part in adapter.parts.items():
                 host = self._attachment.sites[address].host
-                weight, bias = getattr(host, "weight", None), getattr(host, "bias", None)
-                if not isinstance(host, nn.Linear) or weight is None:
+                if not isinstance(host, nn.Linear):
                     raise UnsupportedError(f"{type(adapter.method).__name__} cannot be merged.")
+                weight: Tensor = host.weight
+                bias: Tensor | None = host.bias
                 folded.append(adapter.method.merged(part, weight, bias))
                 kept.append((host, weight.clone(), None if bias is None else bias.clone()))
-            for (host, _, _), (weight, bias) in zip(kept, folded, strict=True):
-                _fill(host, weight, bias)
+            for (host, _, _), new in zip(kept, folded, strict=True):
+                _fill(host, *new)
         self._merged[adapter_name] = kept
         self._changed()
 
@@ -281,7 +290,7 @@ class AdapterModelMixin(SavingMixin):
 
 
 @torch.no_grad()
-def _fill(host: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    host.weight.copy_(weight)  # type: ignore[operator,union-attr]
+def _fill(host: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    host.weight.copy_(weight)
     if bias is not None:
-        host.bias.copy_(bias)  # type: ignore[operator,union-attr]
+        host.bias.copy_(bias)

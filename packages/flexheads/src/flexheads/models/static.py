@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
+from flexheads.composition import Setup
 from flexheads.conversion.to_static import convert_to_static
 from flexheads.errors import (
     CheckpointError,
@@ -20,22 +21,24 @@ from flexheads.errors import (
     UnsupportedError,
 )
 from flexheads.heads.base import label_names
+from flexheads.models.files import SavingMixin
 from flexheads.models.inputs import repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.signature import signed
 from flexheads.models.static_heads import StaticHead
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import compiled
 
 
-class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
+class StaticModelMixin(WholeModelMixin, SavingMixin):
     """Adapter support on a transformers class; `init` puts it in front of the class in hand."""
 
     static_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        attach(self)  # type: ignore[arg-type]
+        attach(self)
 
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +52,7 @@ class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.static_class,), self.__dict__
 
-    def _planned_forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+    def _planned_forward(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
         plan = self._call_plan(adapter_names)
         if plan.routing.repeat > 1:
             names = tuple(inspect.signature(self.static_class.forward).parameters)[1:]
@@ -61,10 +64,10 @@ class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
     # --- the static head ----------------------------------------------------------------------
 
     def _active_head_modules(self) -> list[nn.Module]:
-        return StaticHead(self).modules()  # type: ignore[arg-type]
+        return StaticHead(self).modules()
 
     def _saved_head(self, name: str) -> SavedStaticHead | None:
-        return StaticHead(self).saved()  # type: ignore[arg-type]
+        return StaticHead(self).saved()
 
     def save_head(self, save_directory: Any, format: str = "adapterhub") -> None:
         """Saves the model's head alone.
@@ -95,7 +98,7 @@ class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
             fitting = self._fitting_head(bundle)
         except FlexheadsError as error:
             raise CheckpointError(f"{bundle.source}: {error}") from error
-        StaticHead(self).fill(fitting, id2label)  # type: ignore[arg-type]
+        StaticHead(self).fill(fitting, id2label)
 
     def _fitting_head(self, bundle: Bundle) -> SavedStaticHead:
         """The loaded head as one of this class.
@@ -123,7 +126,7 @@ class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
         id2label: Mapping[int, str] | None,
         overwrite_ok: bool,
     ) -> Any:
-        if bundle.head is None or not StaticHead(self).keys:  # type: ignore[arg-type]
+        if bundle.head is None or not StaticHead(self).keys:
             return None
         try:
             fitting = self._fitting_head(bundle)
@@ -134,17 +137,17 @@ class StaticModelMixin(WholeModelMixin, AdapterModelMixin):
                 stacklevel=4,
             )
             return None
-        StaticHead(self).check(fitting)  # type: ignore[arg-type]
+        StaticHead(self).check(fitting)
         if id2label is not None:
             label_names(len(fitting.label2id) if fitting.label2id else None, id2label)
         return fitting, id2label
 
     def _install_prepared(self, prepared: Any) -> None:
         if prepared is not None:
-            StaticHead(self).fill(*prepared)  # type: ignore[arg-type]
+            StaticHead(self).fill(*prepared)
 
 
-def init(model: PreTrainedModel) -> Any:
+def init(model: Any) -> Any:
     """Gives any transformers model adapter support, in place.
 
     The model stays an instance of its class; its parameters and their names stay as they are.
@@ -171,7 +174,7 @@ def init(model: PreTrainedModel) -> Any:
         model.__dict__["forward"] = leftover
         return _init_under_hook(model)
     original = type(model)
-    model.__class__ = _with_adapters(original)
+    model.__class__ = _with_adapters(original)  # type: ignore[arg-type]
     try:
         attach(model)
     except Exception:
@@ -180,7 +183,7 @@ def init(model: PreTrainedModel) -> Any:
     return model
 
 
-def attach(model: PreTrainedModel) -> None:
+def attach(model: Any) -> None:
     """Finds the backbone of a model and attaches its architecture's sites."""
     spec = registry().architecture_for(model.config.model_type)
     backbone_class = resolve(spec.backbone)
@@ -193,7 +196,7 @@ def attach(model: PreTrainedModel) -> None:
     model._attach(spec, backbone)
 
 
-def _init_under_hook(model: PreTrainedModel) -> Any:
+def _init_under_hook(model: Any) -> Any:
     """Initialises a model that accelerate has dispatched: its hook wraps the forward it finds."""
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
@@ -205,33 +208,21 @@ def _init_under_hook(model: PreTrainedModel) -> Any:
 
 
 @functools.cache
-def _with_adapters(original: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _with_adapters(original: Any) -> Any:
     """A subclass that looks like its parent, by module and name too.
 
     Transformers keys what it knows about a class by these, the capture of hidden states included.
     """
-
-    @functools.wraps(original.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._planned_forward(*args, **kwargs)
-
-    signature = inspect.signature(original.forward)
-    parameters = list(signature.parameters.values())
-    own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-    end = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*parameters[:end], own, *parameters[end:]]
-    )
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "static_class": original,
-        "forward": forward,
+        "forward": signed(StaticModelMixin._planned_forward, original.forward, ("adapter_names",)),
     }
     return type(original.__name__, (StaticModelMixin, original), body)
 
 
-def _rebuild(original: type[PreTrainedModel]) -> Any:
+def _rebuild(original: Any) -> Any:
     cls = _with_adapters(original)
     return cls.__new__(cls)

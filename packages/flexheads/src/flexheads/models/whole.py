@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from flexheads.checkpoints.store import read_tensors
 from flexheads.checkpoints.transfer import fill
@@ -19,6 +19,7 @@ from flexheads.composition import from_json, to_json
 from flexheads.errors import CheckpointError, UnsupportedError
 from flexheads.methods.config import load_config
 from flexheads.models.files import library_version
+from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry
 
@@ -33,7 +34,7 @@ _HUB_ARGUMENTS = (
 )
 
 
-class WholeModelMixin:
+class WholeModelMixin(AdapterModelMixin):
     """``save_pretrained`` for models with adapters.
 
     All tensors go where transformers puts them, under ``adapters.`` and ``heads.`` beside the
@@ -47,12 +48,12 @@ class WholeModelMixin:
         Raises:
             UnsupportedError: If an adapter is merged, because it would act twice after loading.
         """
-        if self._merged:  # type: ignore[attr-defined]
+        if self._merged:
             raise UnsupportedError(
-                f"{next(iter(self._merged))!r} is merged into the backbone; "  # type: ignore[attr-defined]
+                f"{next(iter(self._merged))!r} is merged into the backbone; "
                 "call reset_adapter() before saving the whole model."
             )
-        config = self._attachment.backbone.config  # type: ignore[attr-defined]
+        config = self._attachment.backbone.config
         config.flexheads = describe(self)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -86,9 +87,10 @@ def load_backbone(
     Tensors of adapters and heads are no surprise, so transformers' report of them is kept quiet.
     """
     with _quiet_about_adapters():
-        model, info = backbone_class.from_pretrained(
+        loaded: Any = backbone_class.from_pretrained(
             path, *args, output_loading_info=True, **kwargs
         )
+    model, info = loaded
     return model, info
 
 

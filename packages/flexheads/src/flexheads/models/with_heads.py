@@ -7,24 +7,25 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from flexheads.composition import Setup
 from flexheads.errors import LabelError, UnknownNameError, UnsupportedError
-from flexheads.heads.base import Features, PredictionHead
+from flexheads.heads.base import Features
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.add_heads import AddHeadsMixin
 from flexheads.models.container import NamedModules
 from flexheads.models.inputs import flatten_choices, repeat_rows
+from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
-from flexheads.plan import HeadRoute, Plan
+from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import EMBEDDINGS
 from flexheads.specs import ArchitectureSpec
 
 _LABELS = ("labels", "start_positions", "end_positions")
+_ARGUMENTS = (*_LABELS, "adapter_names", "head", "return_dict")
 
 
 class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
@@ -38,13 +39,16 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
     def __init__(
         self, config: PretrainedConfig, *, backbone: PreTrainedModel | None = None
     ) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        backbone = self.backbone_class(config) if backbone is None else backbone
+        super().__init__(config)
+        if backbone is None:
+            backbone_class: Any = self.backbone_class
+            backbone = backbone_class(config)
+        assert backbone is not None
         setattr(self, backbone.base_model_prefix, backbone)
         self.heads = NamedModules("head")
         self._attach(self.spec, backbone)
         self._inputs = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()  # type: ignore[operator]
 
     def init_weights(self) -> None:
         """Nothing: the backbone has initialised itself, and heads and adapters come later."""
@@ -66,7 +70,7 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
         backbone, info = load_backbone(cls.backbone_class, path, *args, **kwargs)
         model = cls(backbone.config, backbone=backbone)
         restore(model, path, kwargs)
-        model.eval()  # type: ignore[attr-defined]
+        model.eval()
         return (model, info) if wants_info else model
 
     def forward(
@@ -129,18 +133,16 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
     def _run_heads(
         self, plan: Plan, features: Features, labels: Mapping[str, Mapping[str, Any]]
     ) -> Any:
-        routing = plan.routing
-        rows = () if routing.single else routing.rows(features.hidden.shape[0])
-        outputs = []
+        routing, outputs = plan.routing, []
         for route in plan.heads:
             given, own = labels.get(route.head, {}), features
-            if route.chain is not None and not routing.single:
-                own = _rows_of(features, plan, route.chain, rows[route.chain])
-            # Rows that Parallel has repeated share the labels of the rows they repeat.
-            if given and routing.repeat > 1 and route.chain is None:
+            if route.chain is None or routing.single:
                 given = repeat_rows(given, routing.repeat)
-            elif given and routing.repeat == 1 and own is not features:
-                given = _rows_of_labels(given, rows[route.chain])
+            else:
+                rows = routing.rows(features.hidden.shape[0])[route.chain]
+                own = _rows_of(features, plan, route.chain, rows)
+                if routing.repeat == 1:  # rows that Parallel has repeated share their labels
+                    given = {name: value[rows] for name, value in given.items()}
             outputs.append((route.head, self.heads[route.head](own, **given)))
         return outputs[0][1] if len(outputs) == 1 and _is_whole(plan) else MultiHeadOutput(outputs)
 
@@ -173,10 +175,6 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
 def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:
     op = plan.ops.get(EMBEDDINGS)
     return features.select(lambda t: t[rows], None if op is None else op.for_chain(chain).inverse)
-
-
-def _rows_of_labels(labels: Mapping[str, Any], rows: list[int] | slice) -> dict[str, Any]:
-    return {name: value[rows] for name, value in labels.items()}
 
 
 def _is_whole(plan: Plan) -> bool:
@@ -214,35 +212,6 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         "backbone_class": backbone,
         "config_class": backbone.config_class,
         "base_model_prefix": backbone.base_model_prefix,
-        "forward": _forward_for(backbone),
+        "forward": signed(ModelWithHeads.forward, backbone.forward, _ARGUMENTS),
     }
     return type(name, (ModelWithHeads, base), body)
-
-
-def _forward_for(backbone: type[nn.Module]) -> Any:
-    """`ModelWithHeads.forward` with a signature that names the backbone's inputs and the labels.
-
-    Trainers and generation read the signature to learn which arguments a model takes.
-    """
-
-    @functools.wraps(ModelWithHeads.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ModelWithHeads.forward(self, *args, **kwargs)
-
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [
-        inspect.Parameter(label, keyword, default=None)
-        for label in (*_LABELS, "adapter_names", "head", "return_dict")
-    ]
-    given = [
-        p
-        for p in inspect.signature(backbone.forward).parameters.values()
-        if p.name not in {o.name for o in own}
-    ]
-    fixed = [p for p in given if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
-    forward.__signature__ = inspect.Signature([*fixed, *own, *rest])  # type: ignore[attr-defined]
-    return forward
-
-
-__all__ = ["HeadRoute", "ModelWithHeads", "PredictionHead", "with_heads_class"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
+from flexheads.composition import Block, route
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.plan import HeadRoute, Plan
-from flexheads.composition import Block, route
 from flexheads.sites.base import AttachedSite, compiled
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.linear import AttachedLinear
@@ -52,10 +54,12 @@ class Attachment:
         spec: The backbone's architecture.
     """
 
-    def __init__(self, model: nn.Module, backbone: nn.Module, spec: ArchitectureSpec) -> None:
+    def __init__(
+        self, model: PreTrainedModel, backbone: PreTrainedModel, spec: ArchitectureSpec
+    ) -> None:
         self.spec = spec
         self.runtime = Runtime()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
         self._handles: dict[tuple[str, str], RemovableHandle] = {}
@@ -63,11 +67,11 @@ class Attachment:
             self.sites[site.address] = site
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
-    def _find_sites(self, model: nn.Module) -> Iterator[AttachedSite]:
+    def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
         owner, config = f"Architecture {self.spec.name!r}", self.backbone.config
         if self.spec.embeddings is not None:
             host = find_module(self.backbone, self.spec.embeddings, owner)
-            outputs = getattr(model, "get_output_embeddings", lambda: None)()
+            outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             width = getattr(config, "embedding_size", None) or config.hidden_size
             yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs)
         for layers in self.spec.layers:

@@ -45,7 +45,7 @@ class AttachedSite(ABC):
         self.host, self.width, self.runtime = host, width, runtime
 
     @abstractmethod
-    def needed(self, part: nn.Module) -> frozenset[str]:
+    def needed(self, part: Any) -> frozenset[str]:
         """The names of the hooks that `part`, an adapter's module at this site, relies on."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class AttachedSite(ABC):
         """Registers the hook of that name on the backbone."""
 
     @abstractmethod
-    def op(self, chains: Sequence[Sequence[nn.Module]], rows: RowMap | None) -> Any:
+    def op(self, chains: Sequence[Sequence[Any]], rows: RowMap | None) -> Any:
         """What this site does in a plan: the parts of each chain, in order."""
 
     def planned(self) -> Any:
@@ -73,16 +73,18 @@ class AttachedSite(ABC):
 
 def first_tensor(value: Any) -> Tensor:
     """The hidden states in what a module returned: the tensor itself or the first of a tuple."""
-    return value[0] if isinstance(value, (tuple, list)) else value
+    tensor: Tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return tensor
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states in what a module was called with, by position or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
+    tensor: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tensor
 
 
 def run_chains(
-    chains: Sequence[Sequence[nn.Module]],
+    chains: Sequence[Sequence[Any]],
     rows: RowMap | None,
     run: Callable[..., Tensor],
     *tensors: Tensor,

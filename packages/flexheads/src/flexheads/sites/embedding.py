@@ -1,4 +1,4 @@
-"""The embedding site: what enters the first layer, and its way back before a language-model head."""
+"""The embedding site: what enters the first layer, and its way back out of the last."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
 
+class EmbeddingPart(nn.Module):
+    """What an adapter has at the embedding site; both ways map ``(batch, sequence, hidden)``."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Changes the embeddings."""
+        raise NotImplementedError
+
+    def inverse(self, hidden: Tensor) -> Tensor:
+        """Undoes `forward`."""
+        raise NotImplementedError
+
+
 class EmbeddingOp(NamedTuple):
     """What the embedding site does in one plan."""
 
-    chains: tuple[tuple[nn.Module, ...], ...]
+    chains: tuple[tuple[EmbeddingPart, ...], ...]
     rows: RowMap | None
 
     def for_chain(self, chain: int) -> EmbeddingOp:
@@ -29,7 +41,7 @@ class EmbeddingOp(NamedTuple):
 
 
 class AttachedEmbedding(AttachedSite):
-    """The embeddings of a live model; a part is a module with ``forward`` and ``inverse``.
+    """The embeddings of a live model; its parts are `EmbeddingPart`.
 
     Hooks: ``forward`` behind the embeddings; ``inverse`` before the output embeddings of a static
     language-model head. Flexible heads ask for the inverse themselves.
@@ -48,7 +60,7 @@ class AttachedEmbedding(AttachedSite):
         super().__init__(address, address, None, host, width, runtime)
         self.output_embeddings = output_embeddings
 
-    def needed(self, part: nn.Module) -> frozenset[str]:
+    def needed(self, part: EmbeddingPart) -> frozenset[str]:
         return frozenset({"forward"} if self.output_embeddings is None else {"forward", "inverse"})
 
     def register(self, hook: str) -> RemovableHandle:
@@ -57,7 +69,7 @@ class AttachedEmbedding(AttachedSite):
         assert self.output_embeddings is not None
         return self.output_embeddings.register_forward_pre_hook(self._before_output)
 
-    def op(self, chains: Sequence[Sequence[nn.Module]], rows: RowMap | None) -> EmbeddingOp:
+    def op(self, chains: Sequence[Sequence[EmbeddingPart]], rows: RowMap | None) -> EmbeddingOp:
         return EmbeddingOp(tuple(map(tuple, chains)), rows)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -72,13 +84,13 @@ class AttachedEmbedding(AttachedSite):
         return None if op is None else (op.inverse(args[0]), *args[1:])
 
 
-def _do(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def _do(parts: Sequence[EmbeddingPart], hidden: Tensor) -> Tensor:
     for part in parts:
         hidden = part(hidden)
     return hidden
 
 
-def _undo(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def _undo(parts: Sequence[EmbeddingPart], hidden: Tensor) -> Tensor:
     for part in reversed(parts):
-        hidden = part.inverse(hidden)  # type: ignore[operator]
+        hidden = part.inverse(hidden)
     return hidden

@@ -33,21 +33,54 @@ class Stream(NamedTuple):
     norm: Callable[[Tensor], Tensor] | None
 
 
+class ResidualPart(nn.Module):
+    """What an adapter has at a residual site.
+
+    Attributes:
+        needs: Which of ``total``, ``x`` and ``r`` it reads.
+        replaces_norm: Whether its `x` is the layer's result, without the layer's own addition and
+            norm; counts for the last part of a chain.
+    """
+
+    needs: frozenset[str]
+    replaces_norm: bool
+
+    def forward(self, stream: Stream) -> Stream:
+        """Changes the residual stream."""
+        raise NotImplementedError
+
+
 class ResidualOp(NamedTuple):
     """What a residual site does in one plan."""
 
-    chains: tuple[tuple[nn.Module, ...], ...]
+    chains: tuple[tuple[ResidualPart, ...], ...]
     rows: RowMap | None
     needs: frozenset[str]
     replaces: tuple[bool, ...]
     """For each chain, whether its last part stands in for the layer norm (or the addition)."""
 
+    def run(self, stream: Stream) -> list[Any]:
+        """The stream of each chain, behind its parts."""
+        if self.rows is None:
+            return [_run(self.chains[0], stream)]
+        count = len(self.chains)
+        total, x, r = ([None] * count if t is None else self.rows.split(t) for t in stream[:3])
+        streams = (Stream(*own, stream.norm) for own in zip(total, x, r, strict=True))
+        return [_run(parts, own) for parts, own in zip(self.chains, streams, strict=True)]
+
+    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor from those of all chains."""
+        return tensors[0] if self.rows is None else self.rows.merge(tensors)
+
+
+def _run(parts: Sequence[ResidualPart], stream: Stream) -> Stream:
+    for part in parts:
+        stream = part(stream)
+    return stream
+
 
 class AttachedResidual(AttachedSite):
-    """A residual site in a live model.
-
-    A part here is a module ``Stream -> Stream`` with two attributes: ``needs``, a subset of
-    ``{"total", "x", "r"}``, and ``replaces_norm``, true where its `x` is the layer's result.
+    """A residual site in a live model; its parts are `ResidualPart`.
 
     Hooks: post-LN layers are entered before the norm (``enter``), with taps for ``x`` and ``r``
     where a part reads them and a hook behind the norm (``leave``) where it is replaced. Pre-LN
@@ -74,7 +107,7 @@ class AttachedResidual(AttachedSite):
         self.output, self.residual, self.residual_from = output, residual, residual_from
         self.norm = norm
 
-    def needed(self, part: nn.Module) -> frozenset[str]:
+    def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
         hooks = {"enter"}
         if self.norm is not None:
@@ -98,9 +131,8 @@ class AttachedResidual(AttachedSite):
             return self.norm.register_forward_hook(self._after_norm, prepend=True)
         return self.norm.register_forward_pre_hook(self._before_norm)
 
-    def op(self, chains: Sequence[Sequence[nn.Module]], rows: RowMap | None) -> ResidualOp:
-        parts = [part for chain in chains for part in chain]
-        needs = frozenset().union(*(part.needs for part in parts))
+    def op(self, chains: Sequence[Sequence[ResidualPart]], rows: RowMap | None) -> ResidualOp:
+        needs = frozenset(need for chain in chains for part in chain for need in part.needs)
         replaces = tuple(bool(chain) and bool(chain[-1].replaces_norm) for chain in chains)
         if self.norm is None and any(replaces):
             needs |= {"r"}
@@ -131,28 +163,21 @@ class AttachedResidual(AttachedSite):
             return None
         take = self.runtime.take
         x, r = take(self.address + ".x"), take(self.address + ".r")
-        stream = Stream(args[0], x, r, module.forward)
-        if op.rows is None:
-            stream = _run(op.chains[0], stream)
-            if op.replaces[0]:
-                self.runtime.put(self.address + ".out", stream.x)
-                return None
-            return (stream.total, *args[1:])
-        streams = _run_rows(op, stream)
+        streams = op.run(Stream(args[0], x, r, module.forward))
         if any(op.replaces):
             self.runtime.put(self.address + ".out", streams)
-        return (op.rows.merge(_norm_inputs(op, streams)), *args[1:])
+        # Where the norm is replaced its result is dropped, so any input will do.
+        totals = [s.x if s.total is None else s.total for s in streams]
+        return (op.merge(totals), *args[1:])
 
     def _after_norm(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         op: ResidualOp | None = self.planned()
         if op is None or not any(op.replaces):
             return None
-        out = self.runtime.take(self.address + ".out")
-        if op.rows is None:
-            return out
-        normed = op.rows.split(output)
-        return op.rows.merge(
-            [s.x if whole else n for s, n, whole in zip(out, normed, op.replaces, strict=True)]
+        streams = self.runtime.take(self.address + ".out")
+        normed = [output] if op.rows is None else op.rows.split(output)
+        return op.merge(
+            [s.x if w else n for s, n, w in zip(streams, normed, op.replaces, strict=True)]
         )
 
     # --- pre-LN -----------------------------------------------------------------------------
@@ -162,37 +187,9 @@ class AttachedResidual(AttachedSite):
         if op is None:
             return None
         x, r = first_tensor(output), self.runtime.take(self.address + ".r")
-        stream = Stream(x + r if "total" in op.needs else None, x, r, None)
-        streams = [_run(op.chains[0], stream)] if op.rows is None else _run_rows(op, stream)
+        streams = op.run(Stream(x + r if "total" in op.needs else None, x, r, None))
         # The layer adds r itself; where a part's result is the layer's, that must come to nothing.
-        results = [
-            s.x - s.r if whole else s.x for s, whole in zip(streams, op.replaces, strict=True)
-        ]
-        result = results[0] if op.rows is None else op.rows.merge(results)
+        result = op.merge(
+            [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]
+        )
         return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
-
-
-def _run(parts: Sequence[nn.Module], stream: Stream) -> Stream:
-    for part in parts:
-        stream = part(stream)
-    return stream
-
-
-def _run_rows(op: ResidualOp, stream: Stream) -> list[Stream]:
-    rows = op.rows
-    assert rows is not None
-    total, x, r = (
-        [None] * len(op.chains) if tensor is None else rows.split(tensor) for tensor in stream[:3]
-    )
-    return [
-        _run(parts, Stream(*own, stream.norm))
-        for parts, *own in zip(op.chains, total, x, r, strict=True)
-    ]
-
-
-def _norm_inputs(op: ResidualOp, streams: Sequence[Stream]) -> list[Tensor]:
-    """The norm's input for each chain; where the norm is replaced, its result is dropped anyway."""
-    return [
-        stream.x if replaced and stream.total is None else stream.total
-        for stream, replaced in zip(streams, op.replaces, strict=True)
-    ]

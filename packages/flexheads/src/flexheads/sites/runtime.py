@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexheads.plan import Plan
 
@@ -107,14 +107,19 @@ class PlannedCheckpoint:
 
     The backward pass recomputes activations after the call has ended and, on a GPU, in a thread
     of its own; by then another plan may hold.
+
+    A reentrant checkpoint passes on gradients only where one of its inputs requires them, which
+    none does on top of a frozen backbone; so where adapters act, the hidden states are made to.
     """
 
     def __init__(self, runtime: Runtime, checkpoint: Callable[..., Any]) -> None:
         self.runtime, self.checkpoint = runtime, checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        replay = _Replay(self.runtime, self.runtime.current(), function)
-        return self.checkpoint(replay, *args, **kwargs)
+        plan = self.runtime.current()
+        if plan.ops and torch.is_grad_enabled():
+            args = _requiring_gradients(args)
+        return self.checkpoint(_Replay(self.runtime, plan, function), *args, **kwargs)
 
 
 class _Replay:
@@ -124,6 +129,14 @@ class _Replay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.runtime.scope(self.plan):
             return self.function(*args, **kwargs)
+
+
+def _requiring_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, the first of which that can requires gradients where none did."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if not tensors or any(tensor.requires_grad for tensor in tensors):
+        return args
+    return tuple(a.detach().requires_grad_() if a is tensors[0] else a for a in args)
 
 
 def plan_checkpoints(modules: Iterable[nn.Module], runtime: Runtime) -> None:

@@ -5,7 +5,7 @@ from flexheads._lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "ArchitectureChecks": "flexheads.testing.conformance",
+        "architecture_checks": "flexheads.testing.conformance",
         "randomise": "flexheads.testing.tiny",
         "tiny_config": "flexheads.testing.tiny",
         "tiny_inputs": "flexheads.testing.tiny",

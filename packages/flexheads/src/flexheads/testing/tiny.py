@@ -30,7 +30,7 @@ def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> ModelWithHea
     torch.manual_seed(seed)
     config = tiny_config(architecture, **changes)
     model = with_heads_class(registry().architecture(architecture).with_heads)(config)
-    return model.eval()  # type: ignore[no-any-return, attr-defined]
+    return model.eval()
 
 
 def tiny_static(class_name: str, seed: int = 0, **changes: Any) -> Any:

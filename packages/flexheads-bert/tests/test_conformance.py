@@ -1,0 +1,8 @@
+"""BERT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("bert")
+def test_conformance(check):
+    check()

@@ -1,0 +1,265 @@
+"""The checks that every architecture package passes; one line adopts them.
+
+In a package's tests::
+
+    from flexheads.testing import architecture_checks
+
+    @architecture_checks("acme")
+    def test_conformance(check):
+        check()
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexheads.checkpoints.bundle import SavedHead
+from flexheads.composition import Rows
+from flexheads.conversion.to_static import convert_to_static
+from flexheads.models.static import init
+from flexheads.models.with_heads import ModelWithHeads, with_heads_class
+from flexheads.plugins import registry, resolve
+from flexheads.sites.residual import AttachedResidual
+from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+
+CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "lora", "seq_bn_inv")
+"""The configurations that the checks try; each architecture carries all of them."""
+
+
+def architecture_checks(architecture: str) -> Any:
+    """A pytest decorator: one test for each check of one architecture.
+
+    Args:
+        architecture: The architecture's name, as its package registers it.
+    """
+    import pytest
+
+    checks = dict(_checks(architecture))
+    return pytest.mark.parametrize("check", checks.values(), ids=checks.keys())
+
+
+def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    for check in (
+        check_residual_sites,
+        check_bare_backbone,
+        check_heads,
+        check_whole_model,
+        check_training,
+        check_attention_implementations,
+        check_gradient_checkpointing,
+        check_rows,
+    ):
+        yield check.__name__.removeprefix("check_"), functools.partial(check, architecture)
+    for config in CONFIGS:
+        yield f"adapter-{config}", functools.partial(check_adapter, architecture, config)
+    for conversion in registry().conversions_for(architecture):
+        name = conversion.static_class
+        yield f"conversion-{name}", functools.partial(check_conversion, name)
+
+
+def _output(model: ModelWithHeads, **call: Any) -> Tensor:
+    """The last hidden state or the first output of the head, without gradients."""
+    with torch.no_grad():
+        output = model(**tiny_inputs(model.config), **call)
+    first: Tensor = output.to_tuple()[0]
+    return first
+
+
+def _same(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
+    difference = (actual - expected).abs().max().item()
+    assert difference <= tolerance, f"{what}: outputs differ by {difference:.2e}."
+
+
+def check_residual_sites(architecture: str) -> None:
+    """Output plus residual is what the norm gets: the paths of the spec name the right modules."""
+    model = tiny_model(architecture)
+    seen: dict[str, dict[str, Tensor]] = {}
+    for site in model._attachment.sites.values():
+        if isinstance(site, AttachedResidual) and site.norm is not None:
+            own = seen.setdefault(site.address, {})
+            site.output.register_forward_hook(functools.partial(_note_output, own))
+            site.residual.register_forward_pre_hook(
+                functools.partial(_note_input, own, "r"), with_kwargs=True
+            )
+            site.norm.register_forward_pre_hook(
+                functools.partial(_note_input, own, "total"), with_kwargs=True
+            )
+    _output(model)
+    for address, tensors in seen.items():
+        assert set(tensors) == {"x", "r", "total"}, f"{address}: not all modules were called."
+        _same(tensors["x"] + tensors["r"], tensors["total"], f"{address}: x + r is not the norm's")
+
+
+def _note_output(seen: dict[str, Tensor], module: nn.Module, args: Any, output: Any) -> None:
+    seen["x"] = output[0] if isinstance(output, tuple) else output
+
+
+def _note_input(
+    seen: dict[str, Tensor], key: str, module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    seen[key] = args[0] if args else next(iter(kwargs.values()))
+
+
+def check_bare_backbone(architecture: str) -> None:
+    """Without adapters the model is the bare backbone, bit for bit, under the same key names."""
+    model = tiny_model(architecture)
+    torch.manual_seed(0)
+    bare = resolve(registry().architecture(architecture).backbone)(model.config).eval()
+    bare.load_state_dict(model._attachment.backbone.state_dict())
+    with torch.no_grad():
+        expected = bare(**tiny_inputs(model.config)).last_hidden_state
+    assert torch.equal(_output(model), expected), "The bare model is not the backbone."
+
+
+def check_adapter(architecture: str, config: str) -> None:
+    """An adapter acts, comes back from its file bit for bit, and leaves nothing behind."""
+    model = tiny_model(architecture)
+    before = _output(model)
+    model.add_adapter("a", config=config, set_active=True)
+    randomise(model.adapters["a"])
+    acting = _output(model)
+    assert not torch.allclose(acting, before, atol=1e-3), f"{config} has no effect."
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_adapter(directory, "a")
+        other = tiny_model(architecture)
+        other.load_adapter(directory, set_active=True)
+        assert torch.equal(_output(other), acting), f"{config}: the file gives another adapter."
+    model.delete_adapter("a")
+    assert torch.equal(_output(model), before), f"{config}: deleting leaves something behind."
+
+
+def check_heads(architecture: str) -> None:
+    """Heads that read the sequence or its tokens work, and come back from their files."""
+    model = tiny_model(architecture)
+    model.add_classification_head("first", num_labels=3)
+    model.add_tagging_head("tokens", num_labels=4)
+    batch, length = tiny_inputs(model.config)["input_ids"].shape
+    assert _output(model, head="first").shape == (batch, 3)
+    assert _output(model, head="tokens").shape == (batch, length, 4)
+    for name in model.heads:
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_head(directory, name)
+            other = tiny_model(architecture)
+            other.load_head(directory)
+            assert torch.equal(_output(other), _output(model, head=name)), f"Head {name} differs."
+
+
+def check_whole_model(architecture: str) -> None:
+    """A saved model comes back with its adapters and heads; its backbone alone does too."""
+    model = tiny_model(architecture)
+    model.add_classification_head("b", num_labels=3)
+    model.add_adapter("b", set_active=True)
+    model.add_adapter("a", config="lora")
+    randomise(model.adapters)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        other = type(model).from_pretrained(directory)
+        backbone = type(model).backbone_class.from_pretrained(directory)
+    assert other.adapters.keys() == ("b", "a"), "Adapters are missing or in another order."
+    assert torch.equal(_output(other), _output(model)), "The saved model is another one."
+    mine, saved = model._attachment.backbone.state_dict(), backbone.state_dict()
+    assert all(torch.equal(saved[key], mine[key]) for key in mine), "The backbone has changed."
+
+
+def check_training(architecture: str) -> None:
+    """A training step gives gradients to the adapter and its head, and to nothing else."""
+    model = tiny_model(architecture).train()
+    model.add_classification_head("a", num_labels=3)
+    model.add_adapter("a")
+    model.add_adapter("other")
+    model.train_adapter("a")
+    inputs = tiny_inputs(model.config)
+    model(**inputs, labels=torch.zeros(len(inputs["input_ids"]), dtype=torch.long)).loss.backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    wanted = {n for n, _ in model.named_parameters() if n.startswith(("adapters.a.", "heads.a."))}
+    assert with_gradient == wanted, f"Gradients differ: {sorted(with_gradient ^ wanted)}."
+
+
+def check_attention_implementations(architecture: str) -> None:
+    """Eager and sdpa attention give the same outputs with adapters active."""
+    outputs = []
+    for implementation in ("eager", "sdpa"):
+        model = tiny_model(architecture, attn_implementation=implementation)
+        model.add_adapter("a", config="double_seq_bn", set_active=True)
+        randomise(model.adapters)
+        outputs.append(_output(model))
+    _same(*outputs, what="eager against sdpa")
+
+
+def check_gradient_checkpointing(architecture: str) -> None:
+    """Recomputing activations in the backward pass gives the same gradients, bit for bit."""
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_model(architecture, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model.train()
+        model.add_adapter("a")
+        model.train_adapter("a")
+        randomise(model.adapters)
+        if recompute:
+            _checkpoint(model._attachment.backbone)
+        model(**tiny_inputs(model.config)).last_hidden_state.pow(2).mean().backward()
+        gradients.append([p.grad for p in model.adapters.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed), "Recomputed gradients differ."
+
+
+def _checkpoint(backbone: Any) -> None:
+    """Switches recomputation on, under the name that the installed transformers prefers."""
+    new = getattr(backbone, "activation_checkpointing_enable", None)
+    (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def check_rows(architecture: str) -> None:
+    """Each row of a mixed batch equals running its own adapter and head alone."""
+    model = tiny_model(architecture)
+    for name, config in (("a", "seq_bn"), ("b", "lora")):
+        model.add_adapter(name, config=config)
+        model.add_classification_head(name, num_labels=2)
+    randomise(model.adapters)
+    with torch.no_grad():
+        mixed = model(**tiny_inputs(model.config), adapter_names=Rows(["a", None, "b"]))
+    for name, row in (("a", 0), ("b", 2)):
+        alone = _output(model, adapter_names=name, head=name)[row]
+        _same(mixed[name].logits[0], alone, f"row {row} under {name!r}")
+
+
+def check_conversion(static_class: str) -> None:
+    """A static head becomes flexible heads that give its outputs, and comes back as it was."""
+    conversion = registry().conversion(static_class)
+    static = init(tiny_static(static_class))
+    static.add_adapter("a", set_active=True)
+    randomise(static.adapters)
+    name = registry().architecture(conversion.architecture).with_heads
+    model = with_heads_class(name)(tiny_config(conversion.architecture)).eval()
+    model._attachment.backbone.load_state_dict(_backbone_state(static, model), strict=False)
+    inputs = tiny_inputs(static.config, batch=4)
+    heads = ["a" + rule.suffix for rule in conversion.heads]
+    with tempfile.TemporaryDirectory() as directory:
+        static.save_adapter(directory, "a")
+        model.load_adapter(directory, set_active=True)
+    choices = "multiple_choice" in {rule.head_type for rule in conversion.heads}
+    if choices:
+        inputs = {key: value.view(2, 2, -1) for key, value in inputs.items()}
+    with torch.no_grad():
+        expected = static(**inputs)
+        for head, rule in zip(heads, conversion.heads, strict=True):
+            actual = model(**inputs, head=head).to_tuple()[0]
+            _same(actual, expected[rule.output], f"{static_class} as {rule.head_type}")
+    saved: list[SavedHead] = [model._saved_head(head) for head in heads]  # type: ignore[misc]
+    back = convert_to_static(saved, conversion, model.config, model._embeddings())
+    original = static._saved_head("a").tensors
+    assert set(back.tensors) == set(original), "Names differ after the way there and back."
+    for key, tensor in original.items():
+        assert torch.equal(back.tensors[key], tensor), f"{key} differs after the way back."
+
+
+def _backbone_state(static: Any, model: ModelWithHeads) -> dict[str, Tensor]:
+    """The static model's backbone weights; a part that its class leaves out stays random."""
+    own = static._attachment.backbone.state_dict()
+    return {k: v for k, v in own.items() if k in model._attachment.backbone.state_dict()}
