@@ -16,17 +16,17 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import pluggy
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from flexheads import hookspecs, specs
+from flexheads import hookspecs
 from flexheads.errors import ConflictError, PluginError, PluginWarning, UnknownNameError
-from flexheads.specs import AdapterMethodSpec, ArchitectureSpec, HeadConversion, Spec
+from flexheads.registry import KINDS, Provider, Registry, SkippedPlugin, label_of
+from flexheads.specs import AdapterMethodSpec, ArchitectureSpec, Spec
 
 CORE = hookspecs.PROJECT
 DISABLE = "FLEXHEADS_DISABLE_PLUGINS"
@@ -37,138 +37,15 @@ BUILTIN_PLUGINS = tuple(f"flexheads.{part}.plugin" for part in ("methods", "head
 
 _NAME = r"[^\W\d]\w*"
 _REFERENCE = re.compile(rf"{_NAME}(\.{_NAME})*:{_NAME}")
-_DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(==[A-Za-z0-9.+!]+)?")
-
-Identifier = tuple[AdapterMethodSpec, str, Mapping[str, Any]]
-SpecT = TypeVar("SpecT", bound=Spec)
-
-
-class _Kind(NamedTuple):
-    """What a hook collects: the registry's table for it, a label for messages, and the type."""
-
-    table: str
-    label: str
-    spec: type[Spec]
-
-
-_KINDS = {
-    "flexheads_register_architectures": _Kind("architectures", "architecture", ArchitectureSpec),
-    "flexheads_register_head_types": _Kind("head_types", "head type", specs.HeadTypeSpec),
-    "flexheads_register_adapter_methods": _Kind("methods", "adapter method", AdapterMethodSpec),
-    "flexheads_register_conversions": _Kind("conversions", "conversion", HeadConversion),
-    "flexheads_register_checkpoint_formats": _Kind("formats", "format", specs.CheckpointFormat),
-}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Who provides specs: a plugin (by entry-point name), its distribution and its module."""
-
-    plugin: str
-    distribution: str
-    version: str
-    module: str
-
-    def __str__(self) -> str:
-        return f"plugin {self.plugin!r} of {self.distribution} {self.version}"
-
-
-@dataclass(frozen=True)
-class SkippedPlugin:
-    """A plugin that is installed but not used, and why."""
-
-    provider: Provider
-    reason: str
-
-
-@dataclass(frozen=True)
-class Registry:
-    """Everything that the installed plugins provide; immutable, every mapping is read-only.
-
-    Lookups raise `UnknownNameError` with the known names. Their ``provider`` is the distribution
-    that wrote a saved file (``"name"`` or ``"name==version"``), for the way out in that error.
-
-    Attributes:
-        architectures, head_types, methods, conversions, formats: Specs by name.
-        claims: Every name that is taken, ``("head type", "tagging")``, with its provider and spec.
-        skipped: Installed plugins that are not used: disabled, broken or not compatible.
-    """
-
-    architectures: Mapping[str, ArchitectureSpec]
-    head_types: Mapping[str, specs.HeadTypeSpec]
-    methods: Mapping[str, AdapterMethodSpec]
-    conversions: Mapping[str, HeadConversion]
-    formats: Mapping[str, specs.CheckpointFormat]
-    claims: Mapping[tuple[str, str], tuple[Provider, Spec]]
-    skipped: tuple[SkippedPlugin, ...] = ()
-
-    def architecture(self, name: str, provider: str | None = None) -> ArchitectureSpec:
-        """Return the architecture of this name."""
-        return self._find(ArchitectureSpec, "architecture", name, provider)
-
-    def architecture_for(self, model_type: str, provider: str | None = None) -> ArchitectureSpec:
-        """Return the architecture that answers to a configuration's ``model_type``."""
-        guess = canonicalize_name(f"{CORE}-{model_type}")
-        package = f"pip install {guess} (a guess) or " if _DISTRIBUTION.fullmatch(guess) else ""
-        hint = f"Try {package}pip install '{CORE}[all]'; `{CORE} plugins` lists what is installed."
-        return self._find(ArchitectureSpec, "model type", model_type, provider, hint)
-
-    def with_heads(self, class_name: str, provider: str | None = None) -> ArchitectureSpec:
-        """Return the architecture whose class with flexible heads has this name."""
-        return self._find(ArchitectureSpec, "class with heads", class_name, provider)
-
-    def head_type(self, name: str, provider: str | None = None) -> specs.HeadTypeSpec:
-        """Return the head type of this name."""
-        return self._find(specs.HeadTypeSpec, "head type", name, provider)
-
-    def method(self, name: str, provider: str | None = None) -> AdapterMethodSpec:
-        """Return the adapter method of this name."""
-        return self._find(AdapterMethodSpec, "adapter method", name, provider)
-
-    def method_for_tag(self, tag: str, provider: str | None = None) -> AdapterMethodSpec:
-        """Return the adapter method whose saved configurations carry this tag."""
-        return self._find(AdapterMethodSpec, "adapter method tag", tag, provider)
-
-    def identifier(self, name: str, provider: str | None = None) -> Identifier:
-        """Return the method, the configuration reference and the fields behind a short name."""
-        spec = self._find(AdapterMethodSpec, "adapter identifier", name, provider)
-        return spec, *spec.identifiers[name]
-
-    def conversion(self, static_class: str, provider: str | None = None) -> HeadConversion:
-        """Return the conversion of a static transformers class."""
-        return self._find(HeadConversion, "conversion", static_class, provider)
-
-    def conversions_for(self, architecture: str) -> tuple[HeadConversion, ...]:
-        """Return every conversion of an architecture; none is not an error."""
-        return tuple(c for c in self.conversions.values() if c.architecture == architecture)
-
-    def format(self, name: str, provider: str | None = None) -> specs.CheckpointFormat:
-        """Return the checkpoint format of this name."""
-        return self._find(specs.CheckpointFormat, "format", name, provider)
-
-    def provider_of(self, spec: Spec) -> Provider:
-        """Return who provided a spec of this registry."""
-        label = _label(spec)
-        self._find(type(spec), label, spec.name)
-        return self.claims[label, spec.name][0]
-
-    def _find(
-        self, kind: type[SpecT], label: str, name: str, provider: str | None = None, hint: str = ""
-    ) -> SpecT:
-        _, spec = self.claims.get((label, name), (None, None))
-        if isinstance(spec, kind):
-            return spec
-        known = (taken for what, taken in self.claims if what == label)
-        if provider and _DISTRIBUTION.fullmatch(provider):  # a file's word: no shell, no address
-            hint += f" The file was written by {provider}: pip install --upgrade {provider}."
-        if self.skipped:
-            reasons = "; ".join(f"{s.provider}: {s.reason}" for s in self.skipped)
-            hint += f" Installed but not loaded: {reasons}."
-        raise UnknownNameError(label, name, known, hint.strip())
 
 
 def registry() -> Registry:
-    """Return what is installed: `load_registry()`, called once for all threads."""
+    """Return what is installed: `load_registry()`, called once for all threads.
+
+    Raises:
+        PluginError: A plugin asks while the registry loads.
+    """
+    _refuse_while_loading()
     with _LOCK:
         return _load_once()
 
@@ -186,13 +63,17 @@ def load_registry(
         ConflictError: Two plugins claim one name; all conflicts are in the one error.
         PluginError: A built-in is broken, or any plugin where ``FLEXHEADS_STRICT_PLUGINS=1``.
     """
-    if _LOADING.get():
-        raise PluginError("the registry was asked for while it loads; a plugin must not use it")
+    _refuse_while_loading()
     token = _LOADING.set(True)
     try:
         return _load(os.environ if environ is None else environ, builtins)
     finally:
         _LOADING.reset(token)
+
+
+def _refuse_while_loading() -> None:
+    if _LOADING.get():
+        raise PluginError("the registry was asked for while it loads; a plugin must not use it")
 
 
 _load_once = functools.cache(load_registry)
@@ -249,7 +130,7 @@ def _load(environ: Mapping[str, str], builtins: Iterable[str]) -> Registry:
     _refuse_conflicts([*namesakes, *taken])
     tables: dict[str, Mapping[str, Any]] = {
         kind.table: MappingProxyType({s.name: s for _, s in loaded if isinstance(s, kind.spec)})
-        for kind in _KINDS.values()
+        for kind in KINDS.values()
     }
     claims = {claim: (provider, spec) for provider, spec in loaded for claim in _claims(spec)}
     return Registry(**tables, claims=MappingProxyType(claims), skipped=tuple(skipped))
@@ -296,15 +177,15 @@ def _ask(plugin: object) -> Iterator[Spec]:
     manager.add_hookspecs(hookspecs)
     manager.register(plugin)
     callers = manager.get_hookcallers(plugin) or []
-    unmarked = [n for n in _KINDS if hasattr(plugin, n) and n not in {c.name for c in callers}]
+    unmarked = [n for n in KINDS if hasattr(plugin, n) and n not in {c.name for c in callers}]
     if unmarked or not callers:
         raise PluginError(f"it needs @{CORE}.hookimpl on {unmarked or 'at least one function'}")
     for caller in callers:
         for implementation in caller.get_hookimpls():
-            if caller.name in _KINDS:
+            if caller.name in KINDS:
                 yield from _call(caller.name, implementation.function)
             elif not implementation.optionalhook:
-                raise UnknownNameError("hook", caller.name, _KINDS)
+                raise UnknownNameError("hook", caller.name, KINDS)
 
 
 def _call(hook: str, implementation: Callable[..., Any]) -> list[Spec]:
@@ -312,7 +193,7 @@ def _call(hook: str, implementation: Callable[..., Any]) -> list[Spec]:
         found = list(implementation())
     except (Exception, SystemExit) as error:
         raise PluginError(f"{hook} raised {_reason(error)}") from error
-    expected = _KINDS[hook].spec
+    expected = KINDS[hook].spec
     for spec in found:
         if not isinstance(spec, expected):
             raise PluginError(f"{hook} gave {spec!r}, which is not of type {expected.__name__}")
@@ -323,9 +204,11 @@ def _faults(found: Sequence[Spec]) -> list[str]:
     """List the fields that are not what their annotations say; if none, the names misused."""
     fields = [(s, field) for s in found for field in ("model_types", "layers", "heads")]
     loose = [(s, field) for s, field in fields if not isinstance(getattr(s, field, ()), tuple)]
-    faults = [f"{_label(s)} {s.name!r}: {field} is not a tuple" for s, field in loose]
+    faults = [f"{label_of(s)} {s.name!r}: {field} is not a tuple" for s, field in loose]
     wrong = [(s, r) for s in found for r in _references(s) if not _REFERENCE.fullmatch(str(r))]
-    faults += [f"{_label(s)} {s.name!r}: {r!r} is not of the form 'module:attr'" for s, r in wrong]
+    faults += [
+        f"{label_of(s)} {s.name!r}: {r!r} is not of the form 'module:attr'" for s, r in wrong
+    ]
     if not faults:
         times: Counter[tuple[str, object]] = Counter(c for s in found for c in _claims(s))
         twice = [claim for claim, count in times.items() if count > 1]
@@ -342,13 +225,9 @@ def _references(spec: Spec) -> Iterator[str]:
         yield from (config for config, _ in spec.identifiers.values())
 
 
-def _label(spec: Spec) -> str:
-    return next(kind.label for kind in _KINDS.values() if isinstance(spec, kind.spec))
-
-
 def _claims(spec: Spec) -> Iterator[tuple[str, str]]:
     """Yield the names that only one plugin may give, as ``(label, name)``."""
-    yield _label(spec), spec.name
+    yield label_of(spec), spec.name
     if isinstance(spec, ArchitectureSpec):
         yield from (("model type", model_type) for model_type in spec.model_types)
         yield "class with heads", spec.with_heads

@@ -189,16 +189,20 @@ class AdapterModelMixin(TransformersModel):
     def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
         """The plan of one call; None means what is active, an empty list no adapter."""
         runtime = self._attachment.runtime
+        active = runtime.active  # read once: another thread may set it meanwhile
         if adapter_names is None and head is None:
-            return runtime.active
-        block = runtime.active.setup if adapter_names is None else parse_composition(adapter_names)
-        key = (block, tuple(head) if isinstance(head, list) else head, runtime.active.heads)
+            return active
+        block = active.setup if adapter_names is None else parse_composition(adapter_names)
+        if torch.compiler.is_compiling():  # what is built while tracing must not outlive it
+            return self._make_plan(block, self._call_heads(block, adapter_names, head))
+        key = (block, tuple(head) if isinstance(head, list) else head, active.heads)
         plan = runtime.plans.get(key)
         if plan is None:
             plan = self._make_plan(block, self._call_heads(block, adapter_names, head))
             if len(runtime.plans) >= _PLANS_KEPT:
                 runtime.plans.clear()
-            runtime.plans[key] = plan
+            if runtime.active is active:
+                runtime.plans[key] = plan
         return plan
 
     def _call_heads(
