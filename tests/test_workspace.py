@@ -139,3 +139,11 @@ def test_ci_runs_what_the_readme_says(sessions: dict[str, dict]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_shows_the_command(command: str) -> None:
     assert command in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_architecture_page_names_every_hook() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    specs = (ROOT / "packages/flexheads/src/flexheads/hookspecs.py").read_text(encoding="utf-8")
+    hooks = re.findall(r"^def (flexheads_register_\w+)", specs, flags=re.MULTILINE)
+    assert len(hooks) == 5
+    assert all(f"`{hook}()`" in page for hook in hooks)
