@@ -69,7 +69,7 @@ class HeadsMixin(SavingMixin):
         setup = runtime.active.setup
         left = tuple(route for route in runtime.active.heads if route.head != head_name)
         self.heads.drop(head_name)
-        runtime.active = self._make_plan(setup, left)
+        self._activate(setup, left)
         self._changed()
 
     def _build_head(
