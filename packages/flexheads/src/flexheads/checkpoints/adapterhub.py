@@ -103,7 +103,7 @@ class AdapterHubFormat(Format):
             address = names.address(key, name)
             if address is None:
                 unexpected.append(key)
-            else:
+            elif address:
                 tensors[address] = tensor
         if unexpected:
             raise CheckpointError(

@@ -96,7 +96,7 @@ class Layout:
         architecture: Name of the architecture.
         model_types: The model types that it answers to.
         hidden_size: The model's hidden size.
-        prefix: Where the backbone hangs in the model; empty where the model is the backbone.
+        prefix: Where the backbone hangs in a model with a head; a bare backbone has the same.
         paths: The path in AdapterHub files of each site, by logical address.
     """
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
-
-from packaging.version import Version
 
 from flexheads.checkpoints.bundle import Layout
 
@@ -130,11 +129,15 @@ def modern_config(content: Mapping[str, Any]) -> dict[str, Any]:
     if version is None and "non_linearity" in config:
         word = config["non_linearity"]
         config["non_linearity"] = _OLD_ACTIVATIONS.get(word, word)
-    if config.get("architecture") == "lora" and str(version).startswith("adapters."):
-        if Version(str(version).removeprefix("adapters.")) < Version("1.1.0"):
-            # Those releases did not scale by alpha / r.
-            config["alpha"] = config["r"]
+    if config.get("architecture") == "lora" and _is_unscaled(str(version)):
+        config["alpha"] = config["r"]
     return config
+
+
+def _is_unscaled(version: str) -> bool:
+    """Whether a LoRA of that library version did not scale by ``alpha / r``, as until 1.0.1."""
+    match = re.fullmatch(r"adapters\.(\d+)\.(\d+).*", version)
+    return match is not None and (int(match[1]), int(match[2])) < (1, 1)
 
 
 def modern_head_config(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,10 +188,16 @@ class HeadNames:
         return f"heads.{name}.{address}"
 
     def address(self, key: str, name: str) -> str | None:
-        """The logical address of a key in a file, or None if it has no place."""
+        """The logical address of a key in a file.
+
+        Returns:
+            The address; None for a key without a place; an empty string for one of another head.
+            Every release of the `adapters` library picks tensors by the beginning of the name, so
+            that its file of a head "a" holds a head "ab" of the same model too.
+        """
         stem = f"heads.{name}."
         if not key.startswith(stem):
-            return None
+            return "" if key.startswith(stem[:-1]) else None
         rest = key[len(stem) :]
         for own, word in self.words.items():
             if rest == word or rest.startswith(f"{word}."):
@@ -204,4 +213,7 @@ class HeadNames:
                 config.pop("dropout_prob")
         if self.config.get("problem_type") == "multi_label_classification":
             config["head_type"] = "multilabel_classification"
+        if self.type == "multiple_choice" and config["num_choices"] is None:
+            # That library needs a number; where the input tells it, this one stays as it is.
+            config["num_choices"] = len(config["label2id"] or ()) or 2
         return config

@@ -16,6 +16,9 @@ from flexheads.heads.base import LabelledConfig
 from flexheads.plugins import registry, resolve
 from flexheads.specs import HeadConversion, HeadRule, Path
 
+_OWN_LABELS = ("next_sentence",)
+"""Head types whose outputs never are the labels that the static model's configuration names."""
+
 
 def convert_to_flexible(
     head: SavedStaticHead,
@@ -62,7 +65,8 @@ def _convert(
         last = tensors.get(f"layers.{config['layers'] - 1}.weight")
         if last is None:
             raise CheckpointError(f"The head of {head.model_class} has no weights for {name!r}.")
-        config |= _labels(head, int(last.shape[0]))
+        named = None if rule.head_type in _OWN_LABELS else head.label2id
+        config |= _labels(head, named, int(last.shape[0]))
     if head.problem_type is not None and "problem_type" in head_class.config_class._names():
         config["problem_type"] = head.problem_type
     config, tensors = untie(config, tensors, embeddings)
@@ -91,8 +95,7 @@ def untie(
     return config, tensors
 
 
-def _labels(head: SavedStaticHead, count: int) -> dict[str, Any]:
-    labels = head.label2id
+def _labels(head: SavedStaticHead, labels: Mapping[str, int] | None, count: int) -> dict[str, Any]:
     if labels is None:
         labels = {f"LABEL_{number}": number for number in range(count)}
     elif len(labels) != count:

@@ -235,7 +235,8 @@ def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> d
         id2label: Name of each label by number.
 
     Raises:
-        LabelError: If two labels share a name, or the two arguments contradict each other.
+        LabelError: If two labels share a name, numbers are left out, or the two arguments
+            contradict each other.
     """
     if id2label is None:
         count = 2 if num_labels is None else num_labels
@@ -249,7 +250,13 @@ def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> d
         raise LabelError(
             f"num_labels={num_labels}, but id2label names {len(names)} labels; leave one out."
         )
-    return {"num_labels": len(names), "label2id": {name: int(i) for i, name in id2label.items()}}
+    numbers = {name: int(number) for number, name in id2label.items()}
+    if sorted(numbers.values()) != list(range(len(names))):
+        raise LabelError(
+            f"id2label numbers the labels {sorted(numbers.values())}; name every number below "
+            f"{len(names)} once."
+        )
+    return {"num_labels": len(names), "label2id": numbers}
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ class BnConfig(AdapterConfig):
         if wrong := [name for name, right in check.items() if not right]:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
             raise ConfigError(f"{type(self).__name__}: {values} is not a legal value.")
-        if self.residual_before_ln == "post_add" and not self.original_ln_before:
+        has_skip = self.residual_before_ln == "post_add" and not self.is_parallel
+        if has_skip and not self.original_ln_before:
             raise ConfigError(
                 f'{type(self).__name__}: residual_before_ln="post_add" takes the skip behind the '
                 "layer's residual, which needs original_ln_before=True."

@@ -8,8 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from flexheads.models.static import init
-from flexheads.models.whole import load_backbone, restore
+from flexheads.models.static import init, load_static
 from flexheads.models.with_heads import ModelWithHeads, with_heads_class
 from flexheads.plugins import registry
 
@@ -67,11 +66,7 @@ class _StaticAuto:
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
         """Loads a model of transformers' own class, and the adapters that were saved with it."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load_backbone(cls.original, path, *args, **kwargs)
-        init(model)
-        restore(model, path, kwargs)
-        return (model, info) if wants_info else model
+        return load_static(cls.original, path, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:

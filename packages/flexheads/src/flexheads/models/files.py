@@ -142,7 +142,7 @@ class SavingMixin(AdapterModelMixin):
             architecture=attachment.spec.name,
             model_types=(backbone.config.model_type,),
             hidden_size=backbone.config.hidden_size,
-            prefix="" if backbone is self else str(backbone.base_model_prefix),
+            prefix=str(backbone.base_model_prefix),
             paths=attachment.paths(),
         )
 

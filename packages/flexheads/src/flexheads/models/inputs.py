@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,11 @@ from torch import Tensor
 from flexheads.errors import ConfigError
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def input_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments in order, without ``self``."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:

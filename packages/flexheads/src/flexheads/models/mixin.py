@@ -223,8 +223,13 @@ class AdapterModelMixin(TransformersModel):
 
     def freeze_model(self, freeze: bool = True) -> None:
         """Freezes (or unfreezes) the backbone; adapters and heads stay as they are."""
-        for parameter in self._attachment.backbone.parameters():
+        for parameter in self._backbone_parameters():
             parameter.requires_grad_(not freeze)
+
+    def _backbone_parameters(self) -> list[nn.Parameter]:
+        """The backbone's parameters; where the model is its own backbone, adapters hang in it."""
+        own = {id(parameter) for parameter in self.adapters.parameters()}
+        return [p for p in self._attachment.backbone.parameters() if id(p) not in own]
 
     def train_adapter(self, setup: Setup) -> None:
         """Makes exactly these adapters and their heads trainable, and activates them.
@@ -247,6 +252,7 @@ class AdapterModelMixin(TransformersModel):
         trained = [self.adapters[name] for name in (block.names() if block else ())]
         for module in [*trained, *self._active_head_modules()]:
             module.requires_grad_(True)
+        self.freeze_model()  # a static head can be tied to the embeddings
 
     def _active_head_modules(self) -> list[nn.Module]:
         """The heads that belong to the active setup."""

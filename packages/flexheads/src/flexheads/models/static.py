@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ from flexheads.errors import (
 )
 from flexheads.heads.base import label_names
 from flexheads.models.files import SavingMixin
-from flexheads.models.inputs import repeat_rows
+from flexheads.models.inputs import input_names, repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.models.signature import signed
 from flexheads.models.static_heads import StaticHead
@@ -35,6 +34,7 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
     """Adapter support on a transformers class; `init` puts it in front of the class in hand."""
 
     static_class: ClassVar[type[PreTrainedModel]]
+    input_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,11 +43,7 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
     @classmethod
     def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
         """Loads a model of the transformers class, with the adapters that were saved with it."""
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = load_backbone(cls.static_class, path, *args, **kwargs)
-        init(model)
-        restore(model, path, kwargs)
-        return (model, info) if wants_info else model
+        return load_static(cls.static_class, path, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.static_class,), self.__dict__
@@ -55,8 +51,9 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
     def _planned_forward(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
         plan = self._call_plan(adapter_names)
         if plan.routing.repeat > 1:
-            names = tuple(inspect.signature(self.static_class.forward).parameters)[1:]
-            kwargs = repeat_rows(dict(zip(names, args, strict=False)) | kwargs, plan.routing.repeat)
+            kwargs = repeat_rows(
+                dict(zip(self.input_names, args, strict=False)) | kwargs, plan.routing.repeat
+            )
             args = ()
         with self._enter(plan):
             return self.static_class.forward(self, *args, **kwargs)
@@ -134,7 +131,7 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
             warnings.warn(
                 f"{bundle.source}: the head is left out, {error}. The adapter is loaded.",
                 ConversionWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
             return None
         StaticHead(self).check(fitting)
@@ -183,6 +180,22 @@ def init(model: Any) -> Any:
     return model
 
 
+def load_static(loader: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    """Loads a model with adapter support, and the adapters that were saved with it.
+
+    Args:
+        loader: A transformers class or auto class.
+        path: A directory or the id of a repository on the hub.
+        args: As for transformers' ``from_pretrained``.
+        kwargs: As for transformers' ``from_pretrained``.
+    """
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = load_backbone(loader, path, *args, **kwargs)
+    init(model)
+    restore(model, path, kwargs)
+    return (model, info) if wants_info else model
+
+
 def attach(model: Any) -> None:
     """Finds the backbone of a model and attaches its architecture's sites."""
     spec = registry().architecture_for(model.config.model_type)
@@ -218,6 +231,7 @@ def _with_adapters(original: Any) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "static_class": original,
+        "input_names": input_names(original.forward),
         "forward": signed(StaticModelMixin._planned_forward, original.forward, ("adapter_names",)),
     }
     return type(original.__name__, (StaticModelMixin, original), body)

@@ -50,7 +50,7 @@ class StaticHead:
         return SavedStaticHead(
             model_class=type(self.model).__name__,
             tensors=self.state,
-            label2id=dict(config.label2id) if config.label2id else None,
+            label2id=_label2id(config),
             problem_type=getattr(config, "problem_type", None),
         )
 
@@ -99,3 +99,17 @@ class StaticHead:
             config.label2id = dict(labels)
         if head.problem_type is not None:
             config.problem_type = head.problem_type
+
+
+def _label2id(config: Any) -> dict[str, int] | None:
+    """The label names of a model, each to its number.
+
+    Users set ``id2label``, ``label2id`` or both, and transformers leaves the other one as it was.
+    """
+    names = {int(number): name for number, name in (config.id2label or {}).items()}
+    numbers = {name: number for number, name in names.items()}
+    unnamed = all(name == f"LABEL_{number}" for number, name in names.items())
+    given = dict(config.label2id or {})
+    if (unnamed or len(numbers) < len(names)) and sorted(given.values()) == sorted(names):
+        return given or None
+    return numbers or None

@@ -23,7 +23,10 @@ from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry
 
+logger = logging.getLogger(__name__)
+
 _KEY = "flexheads"
+_OWN = ("adapters.", "heads.")
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -86,11 +89,16 @@ def load_backbone(
 
     Tensors of adapters and heads are no surprise, so transformers' report of them is kept quiet.
     """
-    with _quiet_about_adapters():
+    with _quiet_about_adapters() as report:
         loaded: Any = backbone_class.from_pretrained(
             path, *args, output_loading_info=True, **kwargs
         )
     model, info = loaded
+    others = [k for k in info["unexpected_keys"] if not k.startswith(_OWN)]
+    if report.dropped and (info["missing_keys"] or others):
+        logger.warning(
+            "%s: missing %s; left over %s.", path, sorted(info["missing_keys"]), sorted(others)
+        )
     return model, info
 
 
@@ -143,7 +151,7 @@ def _own_tensors(path: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _filtered(file: Path) -> dict[str, Tensor]:
-    return {k: t for k, t in read_tensors(file).items() if k.startswith(("adapters.", "heads."))}
+    return {k: t for k, t in read_tensors(file).items() if k.startswith(_OWN)}
 
 
 def _file(path: str, name: str, hub: Mapping[str, Any]) -> Path | None:
@@ -161,23 +169,27 @@ def _file(path: str, name: str, hub: Mapping[str, Any]) -> Path | None:
     return None if found is None else Path(found)
 
 
+class _Report(logging.Filter):
+    """Drops what transformers reports of adapters and heads, which it cannot know."""
+
+    dropped = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = any(word in record.getMessage() for word in _OWN)
+        self.dropped |= ours
+        return not ours
+
+
 @contextmanager
-def _quiet_about_adapters() -> Iterator[None]:
+def _quiet_about_adapters() -> Iterator[_Report]:
     """Keeps transformers from reporting adapters and heads as tensors that nobody expects."""
-
-    class OnlyOurs(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            text = record.getMessage()
-            return not ("adapters." in text or "heads." in text)
-
-    loggers = [
-        logging.getLogger(f"transformers.{n}") for n in ("modeling_utils", "utils.loading_report")
-    ]
-    quiet = OnlyOurs()
-    for logger in loggers:
-        logger.addFilter(quiet)
+    names = ("modeling_utils", "utils.loading_report")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in names]
+    report = _Report()
+    for each in loggers:
+        each.addFilter(report)
     try:
-        yield
+        yield report
     finally:
-        for logger in loggers:
-            logger.removeFilter(quiet)
+        for each in loggers:
+            each.removeFilter(report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from flexheads.heads.base import Features
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.add_heads import AddHeadsMixin
 from flexheads.models.container import NamedModules
-from flexheads.models.inputs import flatten_choices, repeat_rows
+from flexheads.models.inputs import flatten_choices, input_names, repeat_rows
 from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
@@ -33,6 +32,7 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
 
     spec: ClassVar[ArchitectureSpec]
     backbone_class: ClassVar[type[PreTrainedModel]]
+    input_names: ClassVar[tuple[str, ...]]
     # The loss is a mean over the batch at hand, so a trainer must not rescale it.
     accepts_loss_kwargs = False
 
@@ -47,7 +47,6 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
         setattr(self, backbone.base_model_prefix, backbone)
         self.heads = NamedModules("head")
         self._attach(self.spec, backbone)
-        self._inputs = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
         self.post_init()  # type: ignore[operator]
 
     def init_weights(self) -> None:
@@ -101,7 +100,7 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
             LabelError: If labels are given and there is no head for them.
         """
         plan = self._call_plan(adapter_names, head)
-        inputs = dict(zip(self._inputs, args, strict=False)) | kwargs
+        inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         labels = {name: inputs.pop(name) for name in self._label_names(plan) if name in inputs}
         labels = self._labels_by_head(plan, {k: v for k, v in labels.items() if v is not None})
         inputs, choices = flatten_choices(inputs)
@@ -210,6 +209,7 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         "__doc__": f"A `{backbone.__name__}` with named adapters and named prediction heads.",
         "spec": spec,
         "backbone_class": backbone,
+        "input_names": input_names(backbone.forward),
         "config_class": backbone.config_class,
         "base_model_prefix": backbone.base_model_prefix,
         "forward": signed(ModelWithHeads.forward, backbone.forward, _ARGUMENTS),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexheads.errors import CompositionError
 from flexheads.plan import Plan
 
 
@@ -49,7 +50,16 @@ class Runtime:
         if torch.compiler.is_compiling():
             return self.active if self._traced_plan is None else self._traced_plan
         plan: Plan | None = getattr(self._threads, "plan", None)
-        return self.active if plan is None else plan
+        return self._outside() if plan is None else plan
+
+    def _outside(self) -> Plan:
+        """The plan for a backbone that is called by itself, without the model's forward."""
+        if not self.active.routing.single:
+            raise CompositionError(
+                f"{self.active.setup!r} splits the batch, which the model's forward prepares. Call "
+                "the model, not its backbone, or activate a setup that does not split it."
+            )
+        return self.active
 
     def scope(self, plan: Plan) -> Scope:
         """A context in which `plan` holds for the running thread."""
