@@ -12,8 +12,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from flexheads import plugins
+from flexheads._registry import Provider
 from flexheads.models.static import init
-from flexheads.registry import Provider
 from flexheads.specs import ArchitectureSpec, LayerSpec, ResidualSite
 
 

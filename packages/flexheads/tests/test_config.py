@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import types
 
 import pytest
 
@@ -125,3 +126,11 @@ def test_lora_scales_as_configured():
     assert LoRAConfig(r=4, alpha=8).scaling == 2
     assert LoRAConfig(r=4, alpha=8, rank_stabilized=True).scaling == 4
     assert LoRAConfig(r=1, alpha=3, composition_mode="scale").scaling == 3
+
+
+def test_public_names_stay_what_they_are_after_everything_is_imported():
+    import flexheads.plugins
+
+    assert flexheads.registry is flexheads.plugins.registry
+    for name in flexheads.__all__:
+        assert not isinstance(getattr(flexheads, name), types.ModuleType), name

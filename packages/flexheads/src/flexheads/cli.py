@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flexheads._registry import KINDS, Provider
 from flexheads.plugins import registry
-from flexheads.registry import KINDS, Provider
 from flexheads.specs import Spec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

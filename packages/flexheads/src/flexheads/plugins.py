@@ -24,8 +24,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flexheads import hookspecs
+from flexheads._registry import KINDS, Provider, Registry, SkippedPlugin, label_of
 from flexheads.errors import ConflictError, PluginError, PluginWarning, UnknownNameError
-from flexheads.registry import KINDS, Provider, Registry, SkippedPlugin, label_of
 from flexheads.specs import AdapterMethodSpec, ArchitectureSpec, Spec
 
 CORE = hookspecs.PROJECT

@@ -45,7 +45,8 @@ class NamedModules(nn.Module, Generic[ModuleT]):
     def key(self, name: str) -> str:
         """The child name that stands for a name; the first word of its tensors' keys."""
         escaped = name.replace("%", "%25").replace(".", "%2E")
-        return f"%{escaped}" if not escaped or hasattr(type(self), escaped) else escaped
+        taken = not escaped or hasattr(type(self), escaped) or escaped in self.__dict__
+        return f"%{escaped}" if taken else escaped
 
     def __getitem__(self, name: str) -> ModuleT:
         if name not in self._names:

@@ -165,7 +165,7 @@ class HeadsMixin(SavingMixin):
     ) -> tuple[HeadRoute, ...]:
         current = self._attachment.runtime.active.heads
         if head is not None:
-            return self._routes(head or None)
+            return self._routes(head)
         if adapter_names is not None and len(route(block).chains) > 1:
             return self._heads_for(block, current)
         return tuple(r for r in current if r.chain is None)

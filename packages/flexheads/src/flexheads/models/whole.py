@@ -128,7 +128,9 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
         head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
         fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
         model._install_head(head)
-    heads = tuple(HeadRoute(*route) for route in described["active_heads"])
+    # A class with a static head leaves flexible heads, and so what was active of them, behind.
+    active = described["active_heads"] if hasattr(model, "heads") else ()
+    heads = tuple(HeadRoute(*route) for route in active)
     model._activate(from_json(described["active_adapters"]), heads)
 
 

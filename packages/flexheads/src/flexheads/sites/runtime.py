@@ -14,13 +14,21 @@ from flexheads.errors import CompositionError
 from flexheads.plan import Plan
 
 
+class _Thread(threading.local):
+    """What each thread has of its own; the constructor runs in every thread that looks."""
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.values: dict[str, Any] = {}
+
+
 class Runtime:
     """The plan in force for each thread of one model.
 
     Sites ask `current` in their hooks. A call enters a `scope` with its plan; outside of any scope
     the model's `active` plan holds. Values that one hook hands to another travel through `put` and
-    `take`, which keep threads apart. While a graph is traced, plain attributes stand in for the
-    thread's, because tracing is single-threaded and cannot follow thread-local storage.
+    `take`, which keep threads apart. Compiled code reads and writes the same places, whatever part
+    of the model is compiled.
 
     Attributes:
         active: The plan that the model's setters have chosen.
@@ -33,9 +41,7 @@ class Runtime:
         self.active = Plan()
         self.version = 0
         self.plans: dict[Any, Plan] = {}
-        self._traced_plan: Plan | None = None
-        self._traced_values: dict[str, Any] = {}
-        self._threads = threading.local()
+        self._thread = _Thread()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside of any call."""
@@ -47,9 +53,7 @@ class Runtime:
 
     def current(self) -> Plan:
         """The plan that holds for the running thread."""
-        if torch.compiler.is_compiling():
-            return self.active if self._traced_plan is None else self._traced_plan
-        plan: Plan | None = getattr(self._threads, "plan", None)
+        plan = self._thread.plan
         return self._outside() if plan is None else plan
 
     def _outside(self) -> Plan:
@@ -67,34 +71,23 @@ class Runtime:
 
     def put(self, key: str, value: Any) -> None:
         """Hands a value to a later hook of the same call."""
-        self._values()[key] = value
+        self._thread.values[key] = value
 
     def take(self, key: str) -> Any:
         """What an earlier hook of the same call has put, or None."""
-        return self._values().pop(key, None)
-
-    def _values(self) -> dict[str, Any]:
-        if torch.compiler.is_compiling():
-            return self._traced_values
-        values: dict[str, Any] = self._threads.__dict__.setdefault("values", {})
-        return values
+        return self._thread.values.pop(key, None)
 
 
 class Scope:
     """The context manager behind `Runtime.scope`; what hooks left behind is dropped on leaving."""
 
     def __init__(self, runtime: Runtime, plan: Plan) -> None:
-        self.runtime, self.plan = runtime, plan
+        self.thread, self.plan = runtime._thread, plan
         self.previous: Plan | None = None
 
     def __enter__(self) -> Plan:
-        runtime = self.runtime
-        if torch.compiler.is_compiling():
-            self.previous = runtime._traced_plan
-            runtime._traced_plan = self.plan
-        else:
-            self.previous = getattr(runtime._threads, "plan", None)
-            runtime._threads.plan = self.plan
+        self.previous = self.thread.plan
+        self.thread.plan = self.plan
         return self.plan
 
     def __exit__(
@@ -103,13 +96,9 @@ class Scope:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        runtime = self.runtime
-        if torch.compiler.is_compiling():
-            runtime._traced_plan = self.previous
-        else:
-            runtime._threads.plan = self.previous
-            if kind is not None:
-                runtime._values().clear()
+        self.thread.plan = self.previous
+        if kind is not None:
+            self.thread.values.clear()
 
 
 class PlannedCheckpoint:
