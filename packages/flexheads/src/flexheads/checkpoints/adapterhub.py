@@ -38,7 +38,7 @@ class AdapterHubFormat(Format):
             )
         )
 
-    def read(self, directory: Path, layout: Layout) -> Bundle:
+    def read(self, directory: Path, layout: Layout, *, with_head: bool = True) -> Bundle:
         adapter, adapter_from = None, Provenance()
         if (directory / ADAPTER_CONFIG).is_file():
             content = read_json(directory / ADAPTER_CONFIG)
@@ -46,11 +46,16 @@ class AdapterHubFormat(Format):
             layout.check(adapter_from, "adapter", directory)
             adapter = self._read_adapter(directory, content, layout)
         head, head_from = None, Provenance()
-        if (directory / HEAD_CONFIG).is_file():
+        if with_head and (directory / HEAD_CONFIG).is_file():
             content = read_json(directory / HEAD_CONFIG)
             head_from = _provenance(content)
             layout.check(head_from, "head", directory)
             head = self._read_head(directory, content)
+        elif with_head and (weights := _weights(directory, HEAD_WEIGHTS)) is not None:
+            raise CheckpointError(
+                f"{weights} is there, but no {HEAD_CONFIG} that says what it is. Load with "
+                "with_head=False to leave it out."
+            )
         return Bundle(
             adapter=adapter,
             head=head,

@@ -132,12 +132,13 @@ class Format(ABC):
         """Whether `directory` holds files of this format."""
 
     @abstractmethod
-    def read(self, directory: Path, layout: Layout) -> Bundle:
+    def read(self, directory: Path, layout: Layout, *, with_head: bool = True) -> Bundle:
         """Reads what is there.
 
         Args:
             directory: The directory.
             layout: The model that it is read for.
+            with_head: Whether a head is read too; where not, its files may be damaged.
 
         Raises:
             CheckpointError: If files are missing, broken, or made for another model.

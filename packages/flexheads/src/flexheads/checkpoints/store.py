@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ def staged(directory: Path) -> Iterator[Path]:
         CheckpointError: If `directory` is a file.
     """
     directory = directory.absolute()
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; give a directory to save into.")
+    file = next((path for path in (directory, *directory.parents) if path.is_file()), None)
+    if file is not None:
+        raise CheckpointError(f"{file} is a file; give a directory to save into.")
+    made = [path for path in directory.parents if not path.exists()]
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -44,6 +46,12 @@ def staged(directory: Path) -> Iterator[Path]:
         else:
             aside.chmod(0o777 & ~_umask())
             os.rename(aside, directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # somebody else may have put something into it
+                path.rmdir()
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

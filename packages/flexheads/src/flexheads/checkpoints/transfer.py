@@ -46,8 +46,10 @@ def find_source(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_bundle(source: str | Path, layout: Layout, revision: str | None = None) -> Bundle:
-    """Reads a directory in whichever format it is.
+def read_bundle(
+    source: str | Path, layout: Layout, revision: str | None = None, *, with_head: bool = True
+) -> Bundle:
+    """Reads a directory in whichever format it is; see `Format.read`.
 
     Raises:
         CheckpointError: If it holds none that is known, is damaged, or is for another model.
@@ -57,7 +59,7 @@ def read_bundle(source: str | Path, layout: Layout, revision: str | None = None)
     for spec in formats.values():
         reader: Format = resolve(spec.format)()
         if reader.detect(directory):
-            return reader.read(directory, layout)
+            return reader.read(directory, layout, with_head=with_head)
     raise CheckpointError(
         f"{directory} holds no adapter and no head in a known format ({', '.join(formats)})."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -26,6 +27,17 @@ class HeadConfig(Config):
 
     dropout_prob: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_labels", "num_choices", "layers"):
+            value = self.get(name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name}={value!r} should be a whole number, at least 1.")
+        function, dropout = self.get("activation_function"), self.dropout_prob
+        if not isinstance(function, str | None):
+            raise ConfigError(f"activation_function={function!r} should be a name, or None.")
+        if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout <= 1):
+            raise ConfigError(f"dropout_prob={dropout!r} should be a number from 0 to 1.")
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LabelledConfig(HeadConfig):
@@ -44,14 +56,8 @@ class LabelledConfig(HeadConfig):
     activation_function: str | None = "tanh"
 
     def __post_init__(self) -> None:
-        if self.num_labels < 1 or self.layers < 1:
-            raise ConfigError(f"{type(self).__name__} needs at least one label and one layer.")
-        labels = self.label2id
-        if labels is not None and sorted(labels.values()) != list(range(self.num_labels)):
-            raise ConfigError(
-                f"num_labels={self.num_labels}, but the label names are numbered "
-                f"{sorted(labels.values())}: name every number below {self.num_labels} once."
-            )
+        super().__post_init__()
+        check_names(self.label2id, self.num_labels)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -227,6 +233,19 @@ class Stacked(nn.Module):
         return hidden
 
 
+def check_names(label2id: Mapping[str, int] | None, count: int) -> None:
+    """Refuses label names that do not name each of `count` numbers once.
+
+    Raises:
+        ConfigError: If they do not.
+    """
+    if label2id is not None and sorted(label2id.values()) != list(range(count)):
+        raise ConfigError(
+            f"There are {count} labels or choices, but their names are numbered "
+            f"{sorted(label2id.values())}: name every number below {count} once."
+        )
+
+
 def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> dict[str, Any]:
     """The configuration fields ``num_labels`` and ``label2id`` from what users give.
 
@@ -235,22 +254,30 @@ def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> d
         id2label: Name of each label by number.
 
     Raises:
-        LabelError: If two labels share a name, numbers are left out, or the two arguments
-            contradict each other.
+        LabelError: If two labels share a name, numbers are left out, the two arguments contradict
+            each other, or they are no number and no mapping.
     """
-    if id2label is None:
-        count = 2 if num_labels is None else num_labels
+    try:
+        count = None if num_labels is None else operator.index(num_labels)
+        by_number = None if id2label is None else {int(n): id2label[n] for n in id2label}
+    except (TypeError, ValueError, IndexError) as error:
+        raise LabelError(
+            f"num_labels={num_labels!r} should be a number, and id2label={id2label!r} a mapping of "
+            "numbers to names."
+        ) from error
+    if by_number is None:
+        count = 2 if count is None else count
         return {"num_labels": count, "label2id": {f"LABEL_{i}": i for i in range(count)}}
-    names = list(id2label.values())
+    names = list(by_number.values())
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise LabelError(
             f"id2label gives the names {repeated} to several labels; make them unique."
         )
-    if num_labels is not None and num_labels != len(names):
+    if count is not None and count != len(names):
         raise LabelError(
-            f"num_labels={num_labels}, but id2label names {len(names)} labels; leave one out."
+            f"num_labels={count}, but id2label names {len(names)} labels; leave one out."
         )
-    numbers = {name: int(number) for number, name in id2label.items()}
+    numbers = {name: number for number, name in by_number.items()}
     if sorted(numbers.values()) != list(range(len(names))):
         raise LabelError(
             f"id2label numbers the labels {sorted(numbers.values())}; name every number below "
@@ -276,6 +303,7 @@ __all__ = [
     "LabelledConfig",
     "PredictionHead",
     "Stacked",
+    "check_names",
     "classification_loss",
     "label_names",
 ]

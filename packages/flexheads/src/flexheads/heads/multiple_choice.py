@@ -16,6 +16,7 @@ from flexheads.heads.base import (
     HeadConfig,
     PredictionHead,
     Stacked,
+    check_names,
     classification_loss,
 )
 
@@ -40,8 +41,9 @@ class MultipleChoiceConfig(HeadConfig):
     use_pooler: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_choices is not None and self.num_choices < 1:
-            raise ConfigError(f"num_choices={self.num_choices} must be positive.")
+        super().__post_init__()
+        if self.num_choices is not None:
+            check_names(self.label2id, self.num_choices)
 
 
 class MultipleChoiceHead(PredictionHead):

@@ -84,7 +84,11 @@ def load_config(
         method = registry().method_for_tag(config.get("architecture") or _UNTAGGED)
         loaded: AdapterConfig = resolve(method.config).from_dict(config, tolerant=tolerant)
         return loaded.replace(**changes) if changes else loaded
-    if isinstance(config, os.PathLike) or str(config).endswith(".json"):
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(
+            f"A configuration is an identifier, a mapping of fields or a path, not {config!r}."
+        )
+    if isinstance(config, os.PathLike) or config.endswith(".json"):
         return load_config(_read_json(Path(config)), tolerant=True, **changes)
     name, arguments = _parse(config)
     _, reference, fields = registry().identifier(name)

@@ -63,14 +63,15 @@ class AddHeadsMixin(HeadsMixin):
         set_active: bool = True,
     ) -> None:
         """Adds multiple choice; `num_choices` counts for inputs that come flat."""
-        names = id2label or {number: f"LABEL_{number}" for number in range(num_choices or 0)}
+        named = num_choices is not None or id2label is not None
+        names = label_names(num_choices, id2label)["label2id"] if named else None
         self.add_head(
             head_name,
             "multiple_choice",
             overwrite_ok,
             set_active,
             num_choices=num_choices,
-            label2id={name: int(number) for number, name in names.items()} or None,
+            label2id=names,
             layers=layers,
             activation_function=activation_function,
             use_pooler=use_pooler,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,21 @@ from flexheads.checkpoints.bundle import (
     SavedStaticHead,
 )
 from flexheads.checkpoints.transfer import fill, read_bundle, write_bundle
-from flexheads.errors import CheckpointError
+from flexheads.errors import (
+    CheckpointError,
+    CompositionError,
+    ConfigError,
+    FlexheadsError,
+    UnknownNameError,
+)
 from flexheads.methods.config import load_config
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
 from flexheads.specs import Spec
 
 logger = logging.getLogger(__name__)
+
+_ABOUT_FILES = (CheckpointError, CompositionError, ConfigError)
 
 
 class SavingMixin(AdapterModelMixin):
@@ -96,14 +105,15 @@ class SavingMixin(AdapterModelMixin):
         """
         if upstream:
             return str(super().load_adapter(adapter_name_or_path, **upstream))  # type: ignore[misc]
-        bundle = read_bundle(adapter_name_or_path, self._layout(), revision)
+        bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
             raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
-        config = load_config(bundle.adapter.config, tolerant=True)
-        adapter = self._build_adapter(name, config)
-        fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")
+        with reading(bundle.source):
+            config = load_config(bundle.adapter.config, tolerant=True)
+            adapter = self._build_adapter(name, config)
+            fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")
         head_name = load_as if load_as is not None or not _is_static(bundle) else name
         heads = self._prepare_head(bundle, head_name, id2label, overwrite_ok) if with_head else None
         self._install(adapter)
@@ -135,6 +145,13 @@ class SavingMixin(AdapterModelMixin):
 
     # --- helpers ------------------------------------------------------------------------------
 
+    def _read(
+        self, source: str | Path, revision: str | None = None, with_head: bool = True
+    ) -> Bundle:
+        """What a directory or a repository holds, for this model."""
+        with reading(source):
+            return read_bundle(source, self._layout(), revision, with_head=with_head)
+
     def _layout(self) -> Layout:
         attachment = self._attachment
         backbone = attachment.backbone
@@ -161,6 +178,30 @@ class SavingMixin(AdapterModelMixin):
             version=f"flexheads.{library_version()}",
             provider=None if origin is None else f"{origin.distribution}=={origin.version}",
         )
+
+
+@contextmanager
+def reading(source: str | Path | None) -> Iterator[None]:
+    """Says of whatever goes wrong inside that it is about the files in `source`.
+
+    Files come from anywhere, so any value in them may be of another kind than expected. Types that
+    are not installed, and what this model does not support, are no damage.
+
+    Raises:
+        CheckpointError: In place of what the damage has led to.
+    """
+    try:
+        yield
+    except FlexheadsError as error:
+        inside = isinstance(error, UnknownNameError) and error.kind in ("adapter", "head")
+        if str(source) in str(error) or not (inside or isinstance(error, _ABOUT_FILES)):
+            raise
+        raise CheckpointError(f"{source}: {error}") from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{source}: the files are damaged, or of a kind that is unknown here: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def library_version() -> str:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
-from flexheads.checkpoints.transfer import fill, read_bundle, write_bundle
+from flexheads.checkpoints.transfer import fill, write_bundle
 from flexheads.composition import Block, Setup, route
 from flexheads.conversion.to_flex import convert_to_flexible, untie
-from flexheads.errors import CheckpointError, UnknownNameError, UnsupportedError
+from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
 from flexheads.models.container import NamedModules
-from flexheads.models.files import SavingMixin
+from flexheads.models.files import SavingMixin, reading
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry, resolve
 
@@ -129,6 +129,8 @@ class HeadsMixin(SavingMixin):
             config.label2id = {label: number for number, label in config.id2label.items()}
 
     def _routes(self, head: str | Sequence[str] | None) -> tuple[HeadRoute, ...]:
+        if not isinstance(head, str | list | tuple | None):
+            raise ConfigError(f"A head is given by its name or a list of names, not by {head!r}.")
         names = [] if head is None else [head] if isinstance(head, str) else list(head)
         for name in names:
             if name not in self.heads:
@@ -139,6 +141,8 @@ class HeadsMixin(SavingMixin):
         self, block: Block | None, current: tuple[HeadRoute, ...]
     ) -> tuple[HeadRoute, ...]:
         """The heads of the adapters' names; those that are active where there are none."""
+        for name in () if block is None else block.names():
+            self.get_adapter(name)
         chains = route(block).chains
         named = {number: chain[-1] for number, chain in enumerate(chains) if chain}
         found = {number: name for number, name in named.items() if name in self.heads}
@@ -246,7 +250,7 @@ class HeadsMixin(SavingMixin):
             CheckpointError: If the files cannot be read, or do not fit this model.
             ConfigError: If the name is taken.
         """
-        bundle = read_bundle(save_directory, self._layout(), revision)
+        bundle = self._read(save_directory, revision)
         if bundle.head is None:
             raise CheckpointError(f"{bundle.source} holds no head.")
         heads = self._prepare_head(bundle, load_as, id2label, overwrite_ok)
@@ -278,24 +282,29 @@ class HeadsMixin(SavingMixin):
         saved = bundle.head
         if saved is None:
             return []
-        if isinstance(saved, SavedStaticHead):
-            flexible = self._converted(saved, bundle, name, id2label)
-        else:
-            config, tensors = untie(saved.config, saved.tensors, self._embeddings())
-            own = saved.name if name is None else name
-            flexible = [SavedHead(name=own, config=config, tensors=tensors)]
-        heads = []
+        with reading(bundle.source):
+            if isinstance(saved, SavedStaticHead):
+                flexible = self._converted(saved, bundle, name, id2label)
+            else:
+                config, tensors = untie(saved.config, saved.tensors, self._embeddings())
+                own = saved.name if name is None else name
+                flexible = [SavedHead(name=own, config=config, tensors=tensors)]
         for head in flexible:
             self._refuse_taken("head", head.name, overwrite_ok)
-            config = {key: value for key, value in head.config.items() if key != "head_type"}
-            if id2label is not None and "num_labels" in config:
-                config |= label_names(config["num_labels"], id2label)
-            built = self._build_head(
-                head.name, head.config["head_type"], config, bundle.head_from.provider, True
-            )
-            fill(built, head.tensors, f"{bundle.source}: head {head.name!r}")
-            heads.append(built)
-        return heads
+        with reading(bundle.source):
+            return [self._rebuilt(head, bundle, id2label) for head in flexible]
+
+    def _rebuilt(
+        self, head: SavedHead, bundle: Bundle, id2label: Mapping[int, str] | None
+    ) -> PredictionHead:
+        config = {key: value for key, value in head.config.items() if key != "head_type"}
+        if id2label is not None and "num_labels" in config:
+            config |= label_names(config["num_labels"], id2label)
+        built = self._build_head(
+            head.name, head.config["head_type"], config, bundle.head_from.provider, True
+        )
+        fill(built, head.tensors, f"{bundle.source}: head {head.name!r}")
+        return built
 
     def _converted(
         self,

@@ -116,6 +116,8 @@ class AdapterModelMixin(TransformersModel):
         return Adapter(name, config, method, parts).train(self.training)
 
     def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
+        if not isinstance(name, str):
+            raise ConfigError(f"The name of the {kind} should be a string, not {name!r}.")
         if name in getattr(self, f"{kind}s") and not overwrite_ok:
             raise ConfigError(
                 f"There is already one {kind} named {name!r}. Pass overwrite_ok=True to replace "

@@ -16,11 +16,11 @@ from flexheads.conversion.to_static import convert_to_static
 from flexheads.errors import (
     CheckpointError,
     ConversionWarning,
-    FlexheadsError,
+    UnknownNameError,
     UnsupportedError,
 )
 from flexheads.heads.base import label_names
-from flexheads.models.files import SavingMixin
+from flexheads.models.files import SavingMixin, reading
 from flexheads.models.inputs import input_names, repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.models.signature import signed
@@ -35,6 +35,8 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
 
     static_class: ClassVar[type[PreTrainedModel]]
     input_names: ClassVar[tuple[str, ...]]
+    _head_of: str | None = None
+    """The adapter that the head was loaded with."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,16 +88,16 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
         Raises:
             CheckpointError: If the files cannot be read, or hold a head of another kind.
         """
-        from flexheads.checkpoints.transfer import read_bundle
-
-        bundle = read_bundle(save_directory, self._layout())
+        bundle = self._read(save_directory)
         if bundle.head is None:
             raise CheckpointError(f"{bundle.source} holds no head.")
         try:
-            fitting = self._fitting_head(bundle)
-        except FlexheadsError as error:
+            with reading(bundle.source):
+                fitting = self._fitting_head(bundle)
+        except (UnknownNameError, UnsupportedError) as error:
             raise CheckpointError(f"{bundle.source}: {error}") from error
-        StaticHead(self).fill(fitting, id2label)
+        with reading(bundle.source):
+            StaticHead(self).fill(fitting, id2label)
 
     def _fitting_head(self, bundle: Bundle) -> SavedStaticHead:
         """The loaded head as one of this class.
@@ -126,22 +128,33 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
         if bundle.head is None or not StaticHead(self).keys:
             return None
         try:
-            fitting = self._fitting_head(bundle)
-        except FlexheadsError as error:
+            with reading(bundle.source):
+                fitting = self._fitting_head(bundle)
+        except (UnknownNameError, UnsupportedError) as error:
             warnings.warn(
                 f"{bundle.source}: the head is left out, {error}. The adapter is loaded.",
                 ConversionWarning,
                 stacklevel=3,
             )
             return None
-        StaticHead(self).check(fitting)
+        with reading(bundle.source):
+            StaticHead(self).check(fitting)
         if id2label is not None:
-            label_names(len(fitting.label2id) if fitting.label2id else None, id2label)
-        return fitting, id2label
+            label_names(self.config.num_labels, id2label)
+        owner = bundle.adapter.name if name is None and bundle.adapter is not None else name
+        if self._head_of in self.adapters and self._head_of != owner:
+            warnings.warn(
+                f"{bundle.source}: the head that came with adapter {self._head_of!r} is replaced. "
+                f"A {type(self).__name__} has one head; load with with_head=False to keep it.",
+                stacklevel=3,
+            )
+        return fitting, id2label, owner
 
     def _install_prepared(self, prepared: Any) -> None:
         if prepared is not None:
-            StaticHead(self).fill(*prepared)
+            *head, owner = prepared
+            StaticHead(self).fill(*head)
+            self._head_of = owner
 
 
 def init(model: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from flexheads.checkpoints.bundle import SavedStaticHead
 from flexheads.errors import CheckpointError
 from flexheads.heads.base import label_names
+from flexheads.heads.classification import ProblemType
 
 
 class StaticHead:
@@ -74,11 +75,25 @@ class StaticHead:
                 )
             elif tensor.data_ptr() in shared and not torch.equal(new.to(tensor), tensor):
                 problems.append(f"{key} is tied to the backbone here, and differs from it")
+        problems += self._wrong_settings(head)
         if problems:
             raise CheckpointError(
                 f"The head of {head.model_class} does not fit this model: {'; '.join(problems)}. "
                 "Load with with_head=False, or into a model with as many labels."
             )
+
+    def _wrong_settings(self, head: SavedStaticHead) -> list[str]:
+        """What is wrong with the labels and the kind of loss in a file."""
+        problems, count = [], self.model.config.num_labels
+        labels = head.label2id
+        if labels is not None and sorted(labels.values()) != list(range(len(labels))):
+            problems.append(f"its labels are numbered {sorted(labels.values())}")
+        sized = any(t.dim() and t.shape[0] == count for t in self.state.values())
+        if labels is not None and len(labels) != count and sized:
+            problems.append(f"it names {len(labels)} labels, and this model has {count}")
+        if head.problem_type not in (None, *get_args(ProblemType)):
+            problems.append(f"problem_type={head.problem_type!r} is unknown")
+        return problems
 
     @torch.no_grad()
     def fill(self, head: SavedStaticHead, id2label: Mapping[int, str] | None = None) -> None:
@@ -91,10 +106,11 @@ class StaticHead:
         config = self.model.config
         labels = head.label2id
         if id2label is not None:
-            labels = label_names(None if labels is None else len(labels), id2label)["label2id"]
+            labels = label_names(config.num_labels, id2label)["label2id"]
         for key, tensor in self.state.items():
             tensor.copy_(head.tensors[key])
-        if labels is not None:
+        # Where the head has no labels, such as a language model's, the file may name any number.
+        if labels is not None and len(labels) == config.num_labels:
             config.id2label = {number: name for name, number in labels.items()}
             config.label2id = dict(labels)
         if head.problem_type is not None:

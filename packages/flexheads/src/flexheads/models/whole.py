@@ -18,7 +18,7 @@ from flexheads.checkpoints.transfer import fill
 from flexheads.composition import from_json, to_json
 from flexheads.errors import CheckpointError, UnsupportedError
 from flexheads.methods.config import load_config
-from flexheads.models.files import library_version
+from flexheads.models.files import library_version, reading
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry
@@ -111,27 +111,29 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
         kwargs: The arguments of ``from_pretrained``.
 
     Raises:
-        CheckpointError: If tensors are missing, left over or of another shape.
+        CheckpointError: If tensors are missing, left over or of another shape, or the description
+            is damaged.
     """
     config = model._attachment.backbone.config
     described = config.__dict__.pop(_KEY, None)
     if described is None:
         return
     tensors = _own_tensors(path, {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
-    for name, fields in described["adapters"]:
-        adapter = model._build_adapter(name, load_config(fields, tolerant=True))
-        own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
-        fill(adapter, own, f"{path}: adapter {name!r}")
-        model._install(adapter)
-    for name, provider, fields in described["heads"] if hasattr(model, "heads") else ():
-        fields = dict(fields)
-        head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
-        fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
-        model._install_head(head)
-    # A class with a static head leaves flexible heads, and so what was active of them, behind.
-    active = described["active_heads"] if hasattr(model, "heads") else ()
-    heads = tuple(HeadRoute(*route) for route in active)
-    model._activate(from_json(described["active_adapters"]), heads)
+    with reading(path):
+        for name, fields in described["adapters"]:
+            adapter = model._build_adapter(name, load_config(fields, tolerant=True))
+            own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
+            fill(adapter, own, f"{path}: adapter {name!r}")
+            model._install(adapter)
+        for name, provider, fields in described["heads"] if hasattr(model, "heads") else ():
+            fields = dict(fields)
+            head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
+            fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
+            model._install_head(head)
+        # A class with a static head leaves flexible heads, and so what was active of them, behind.
+        active = described["active_heads"] if hasattr(model, "heads") else ()
+        heads = tuple(HeadRoute(*route) for route in active)
+        model._activate(from_json(described["active_adapters"]), heads)
 
 
 def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

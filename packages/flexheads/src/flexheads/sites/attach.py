@@ -59,6 +59,7 @@ class Attachment:
     ) -> None:
         self.spec = spec
         self.runtime = Runtime()
+        self.model = model
         self.backbone: Any = backbone
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
@@ -128,8 +129,8 @@ class Attachment:
             adapters: The parts of each adapter, by address.
 
         Raises:
-            UnsupportedError: If new hooks would go unseen, because a part of the backbone is
-                compiled by itself.
+            UnsupportedError: If new hooks would go unseen, because a part of the model is compiled
+                by itself. (A model that is compiled as a whole sees them, see `Runtime.version`.)
         """
         needed = {
             (address, hook)
@@ -138,9 +139,10 @@ class Attachment:
             for hook in self.sites[address].needed(part)
         }
         new = [key for key in needed if key not in self._handles]
-        if new and any(compiled(module) for module in self.backbone.modules()):
+        inside = (module for module in self.model.modules() if module is not self.model)
+        if new and any(compiled(module) for module in inside):
             raise UnsupportedError(
-                "A part of the backbone is compiled, so hooks added now would be ignored. Add the "
+                "A part of the model is compiled, so hooks added now would be ignored. Add the "
                 "first adapter of each kind before compiling, or compile the whole model."
             )
         old = [key for key in self._handles if key not in needed]

@@ -106,4 +106,8 @@ def run_chains(
 def compiled(module: nn.Module) -> bool:
     """Whether `module` itself has been compiled, so that new hooks below it stay unseen."""
     dynamo = torch._dynamo.OptimizedModule if hasattr(torch, "_dynamo") else ()
-    return isinstance(module, dynamo) or getattr(module, "_compiled_call_impl", None) is not None
+    return (
+        isinstance(module, dynamo)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "get_compiler_config")
+    )

@@ -134,7 +134,7 @@ class AttachedResidual(AttachedSite):
     def op(self, chains: Sequence[Sequence[ResidualPart]], rows: RowMap | None) -> ResidualOp:
         needs = frozenset(need for chain in chains for part in chain for need in part.needs)
         replaces = tuple(bool(chain) and bool(chain[-1].replaces_norm) for chain in chains)
-        if self.norm is None and any(replaces):
+        if self.norm is None and ("total" in needs or any(replaces)):
             needs |= {"r"}
         return ResidualOp(tuple(map(tuple, chains)), rows, needs, replaces)
 
@@ -147,13 +147,17 @@ class AttachedResidual(AttachedSite):
 
     def _tap_residual(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         op = self.planned()
-        if op is not None:
+        if op is not None and "r" in op.needs:
             self.runtime.put(self.address + ".r", first_argument(args, kwargs))
 
     def _tap_residual_output(self, module: nn.Module, args: Any, output: Any) -> None:
         op = self.planned()
-        if op is not None:
+        if op is not None and "r" in op.needs:
             self.runtime.put(self.address + ".r", first_tensor(output))
+
+    def _take(self, which: str, op: ResidualOp) -> Any:
+        """What a tap has put; nothing is touched where the plan does not need it."""
+        return self.runtime.take(f"{self.address}.{which}") if which in op.needs else None
 
     # --- post-LN ----------------------------------------------------------------------------
 
@@ -161,8 +165,7 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None:
             return None
-        take = self.runtime.take
-        x, r = take(self.address + ".x"), take(self.address + ".r")
+        x, r = self._take("x", op), self._take("r", op)
         streams = op.run(Stream(args[0], x, r, module.forward))
         if any(op.replaces):
             self.runtime.put(self.address + ".out", streams)
@@ -186,7 +189,7 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None:
             return None
-        x, r = first_tensor(output), self.runtime.take(self.address + ".r")
+        x, r = first_tensor(output), self._take("r", op)
         streams = op.run(Stream(x + r if "total" in op.needs else None, x, r, None))
         # The layer adds r itself; where a part's result is the layer's, that must come to nothing.
         result = op.merge(

@@ -65,6 +65,10 @@ class Runtime:
             )
         return self.active
 
+    def holds(self, plan: Plan) -> bool:
+        """Whether the running thread is in a scope of `plan`."""
+        return self._thread.plan is plan
+
     def scope(self, plan: Plan) -> Scope:
         """A context in which `plan` holds for the running thread."""
         return Scope(self, plan)
@@ -113,10 +117,11 @@ class PlannedCheckpoint:
 
     def __init__(self, runtime: Runtime, checkpoint: Callable[..., Any]) -> None:
         self.runtime, self.checkpoint = runtime, checkpoint
+        self.reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.current()
-        if plan.ops and torch.is_grad_enabled():
+        if self.reentrant and plan.ops and torch.is_grad_enabled():
             args = _requiring_gradients(args)
         return self.checkpoint(_Replay(self.runtime, plan, function), *args, **kwargs)
 
@@ -126,6 +131,8 @@ class _Replay:
         self.runtime, self.plan, self.function = runtime, plan, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.runtime.holds(self.plan):  # nothing to set, so a compiled checkpoint is pure
+            return self.function(*args, **kwargs)
         with self.runtime.scope(self.plan):
             return self.function(*args, **kwargs)
 

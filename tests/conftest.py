@@ -1,0 +1,139 @@
+"""Fixtures of the promises about prediction heads: saved tiny backbones, and what a model is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from flexheads import BertModelWithHeads
+from flexheads.testing import randomise, tiny_config, tiny_inputs
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def digest(tensor: Tensor) -> str:
+    """A hash of a tensor's type, shape and bits."""
+    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Everything about a model that a failed call has to leave alone."""
+    heads = getattr(model, "heads", {})
+    active = model._attachment.runtime.active
+    return {
+        "tensors": {key: digest(tensor) for key, tensor in model.state_dict().items()},
+        "objects": [id(module) for module in model.modules()],
+        "parameters": [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+        "training": [module.training for module in model.modules()],
+        "adapters": [(name, adapter.config.to_dict()) for name, adapter in model.adapters.items()],
+        "heads": [(name, head.to_dict()) for name, head in heads.items()],
+        "setup": active.setup,
+        "active heads": active.heads,
+        "ops": sorted(active.ops),
+        "merged": list(model._merged),
+        "config": model.config.to_json_string(use_diff=False),
+        "hooks": [
+            (name, kind, list(getattr(module, kind)))
+            for name, module in model.named_modules()
+            for kind in HOOKS
+            if getattr(module, kind)
+        ],
+        "forward": "forward" in model.__dict__,
+    }
+
+
+def inputs_for(name: str, config: Any) -> dict[str, Tensor]:
+    inputs = tiny_inputs(config)
+    if name == "BertForMultipleChoice":
+        inputs = {key: value[:, None].repeat(1, 4, 1) for key, value in inputs.items()}
+        inputs["input_ids"] = inputs["input_ids"] * torch.arange(1, 5)[:, None] % 99
+    return inputs
+
+
+def labels_for(name: str, config: Any, ids: Tensor) -> dict[str, Tensor]:
+    draw, batch = torch.Generator().manual_seed(1), ids.shape[0]
+    tokens = torch.randint(0, 99, tuple(ids.shape), generator=draw)
+    tokens[0, 2:4] = -100
+    tokens[-1, -2:] = -100  # padding
+    pair = torch.tensor([0, 1, 1])
+    if name == "BertForSequenceClassification":
+        if config.problem_type == "multi_label_classification":
+            return {"labels": torch.rand(batch, config.num_labels, generator=draw).round()}
+        if config.problem_type == "regression":
+            return {"labels": torch.randn(batch, config.num_labels, generator=draw)}
+        if config.num_labels == 1:
+            return {"labels": torch.randn(batch, generator=draw)}
+        return {"labels": torch.tensor([0, 2, 1])}
+    if name == "BertForTokenClassification":
+        return {"labels": torch.where(tokens < 0, tokens, tokens % config.num_labels)}
+    return {
+        "BertForMultipleChoice": {"labels": torch.tensor([0, 3, 1])},
+        "BertForQuestionAnswering": {
+            "start_positions": torch.tensor([0, 3, 50]),
+            "end_positions": torch.tensor([2, 7, 6]),
+        },
+        "BertForNextSentencePrediction": {"labels": pair},
+        "BertForPreTraining": {"labels": tokens, "next_sentence_label": pair},
+    }.get(name, {"labels": tokens})
+
+
+@pytest.fixture(scope="session")
+def examples() -> Callable[[str, Any], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The function that gives inputs and labels for a model of a static class, by its name."""
+
+    def draw(name: str, config: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        inputs = inputs_for(name, config)
+        return inputs, labels_for(name, config, inputs["input_ids"])
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def hashed() -> Callable[[Tensor], str]:
+    """The function that hashes a tensor."""
+    return digest
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Any], dict[str, Any]]:
+    """The function that describes a model completely, to compare before and after."""
+    return describe
+
+
+@pytest.fixture(scope="session")
+def files() -> Callable[[Path], dict[str, str]]:
+    """The function that hashes every file below a directory, hidden ones included."""
+
+    def below(directory: Path) -> dict[str, str]:
+        return {
+            path.relative_to(directory).as_posix(): (
+                hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+            )
+            for path in sorted(directory.rglob("*"))
+        }
+
+    return below
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved plain BertModel in which every tensor is random. Read only."""
+    directory = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    model = randomise(transformers.BertModel(tiny_config("bert")), std=0.1)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def model(backbone_dir: str) -> Any:
+    """A model with flexible heads on that backbone, before anything is added."""
+    return BertModelWithHeads.from_pretrained(backbone_dir)

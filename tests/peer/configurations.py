@@ -1,0 +1,52 @@
+"""Configurations of adapters that more than one test file is about, and how tests name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexheads import load_config
+
+from .library import PeerConfig, adapters
+
+# Stochastic depth needs torchvision in the peer, and acts in training only.
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "seq_bn": ("seq_bn", {}),
+    "double_seq_bn": ("double_seq_bn", {}),
+    "par_bn": ("par_bn", {}),
+    "scaled_par_bn": ("scaled_par_bn", {}),
+    "seq_bn_inv": ("seq_bn_inv", {}),
+    "double_seq_bn_inv": ("double_seq_bn_inv", {}),
+    "adapter_plus": ("adapter_plus", {"stochastic_depth": 0.0}),
+}
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """Our configuration of a class and the peer's; the peer has no identifier for one of them."""
+    identifier, changes = CLASSES[name]
+    theirs: Any = adapters.AdapterPlusConfig() if name == "adapter_plus" else identifier
+    return load_config(identifier, **changes), PeerConfig.load(theirs, **changes)
+
+
+def ident(fields: Mapping[str, Any]) -> str:
+    return "-".join(
+        f"{key}={value}" if not isinstance(value, bool) else key
+        for key, value in fields.items()
+        if value is not False
+    )
+
+
+# Fields of the adapters that go through files.
+FILES: dict[str, dict[str, Any]] = {
+    **{name: both(name)[1].to_dict() for name in CLASSES},
+    "norms": PeerConfig.load("seq_bn", ln_before=True, ln_after=True, use_gating=True).to_dict(),
+    "map": PeerConfig.load("seq_bn", reduction_factor={"0": 2, "default": 8}).to_dict(),
+    "leave_out": PeerConfig.load("double_seq_bn", leave_out=[1]).to_dict(),
+    "lora": PeerConfig.load("lora", alpha=3).to_dict(),
+    "lora_all": PeerConfig.load(
+        "lora", attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
+    ).to_dict(),
+    "lora_gated": PeerConfig.load("lora", use_gating=True).to_dict(),
+    "ia3": PeerConfig.load("ia3").to_dict(),
+    "ia3_gated": PeerConfig.load("ia3", use_gating=True).to_dict(),
+}
