@@ -18,6 +18,7 @@ from flexheads.models.container import NamedModules
 from flexheads.models.files import SavingMixin, reading
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry, resolve
+from flexheads.sites.base import place
 
 
 class HeadsMixin(SavingMixin):
@@ -85,8 +86,7 @@ class HeadsMixin(SavingMixin):
         backbone = self._attachment.backbone
         fields = head_class.config_class.from_dict(config, tolerant=tolerant)
         head: PredictionHead = head_class(name, fields, backbone.config)
-        last = [p for p in backbone.parameters() if p.is_floating_point()][-1]
-        head.to(device=last.device, dtype=last.dtype)
+        place(head, backbone, which=-1)
         return head.train(self.training)
 
     def _install_head(self, head: PredictionHead) -> None:

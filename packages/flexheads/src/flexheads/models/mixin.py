@@ -93,6 +93,7 @@ class AdapterModelMixin(TransformersModel):
         self.adapters.drop(adapter_name)
         self._attachment.sync(a.parts for a in self.adapters.values())
         self._changed()
+        heads = heads if keep is setup else self._heads_for(keep, heads)
         self._attachment.runtime.active = self._make_plan(keep, heads)
 
     def get_adapter(self, adapter_name: str) -> Adapter:
@@ -217,7 +218,7 @@ class AdapterModelMixin(TransformersModel):
         attachment = self._attachment
         if attachment.runtime.version < 0:  # read so that compiled code is traced anew, see Runtime
             raise FlexheadsError("The hooks of this model are in an impossible state.")
-        if self.training and not torch.compiler.is_compiling():
+        if self.training:
             plan_checkpoints(attachment.checkpointed, attachment.runtime)
         return attachment.runtime.scope(plan)
 

@@ -62,13 +62,38 @@ class AttachedSite(ABC):
 
     def place(self, part: nn.Module) -> nn.Module:
         """Moves a new part to the dtype and device of the layer it sits at."""
-        weight = next((p for p in self.host.parameters() if p.is_floating_point()), None)
-        if weight is None:
-            return part
-        return part.to(device=weight.device, dtype=weight.dtype)
+        return place(part, self.host)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"
+
+
+def place(part: nn.Module, host: nn.Module, which: int = 0) -> nn.Module:
+    """Moves a new module to the dtype and device in which another computes.
+
+    Args:
+        part: The new module.
+        host: The other.
+        which: The floating-point parameter of the host that tells: 0 the first, -1 the last.
+    """
+    weights = [p for p in host.parameters() if p.is_floating_point()]
+    if not weights:
+        return part
+    device = weights[which].device
+    if device.type == "meta":
+        device = _execution_device(host) or device
+    return part.to(device=device, dtype=weights[which].dtype)
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module whose weights it keeps elsewhere until they are needed."""
+    for inner in module.modules():
+        hook = getattr(inner, "_hf_hook", None)
+        for single in getattr(hook, "hooks", (hook,)):
+            device = getattr(single, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 def first_tensor(value: Any) -> Tensor:

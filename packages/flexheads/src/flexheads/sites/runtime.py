@@ -152,6 +152,6 @@ def plan_checkpoints(modules: Iterable[nn.Module], runtime: Runtime) -> None:
     any time and at any level of the model.
     """
     for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
+        function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, PlannedCheckpoint):
-            module.__dict__["_gradient_checkpointing_func"] = PlannedCheckpoint(runtime, function)
+            module._gradient_checkpointing_func = PlannedCheckpoint(runtime, function)
