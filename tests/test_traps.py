@@ -277,7 +277,7 @@ def test_a_copy_adds_and_deletes_adapters_of_its_own(used: Any, way: str) -> Non
     assert not torch.equal(logits(twin, adapter_names="adapterplus"), bare)
     assert "adapterplus" not in used.adapters
     assert len(hooks(used)) == count
-    for name in twin.adapters.keys():
+    for name in list(twin.adapters):
         twin.delete_adapter(name)
     assert hooks(twin) == []
     assert torch.equal(logits(twin), bare)

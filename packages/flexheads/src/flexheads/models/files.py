@@ -73,7 +73,7 @@ class SavingMixin(AdapterModelMixin):
 
     def load_adapter(
         self,
-        adapter_name_or_path: str | Path,
+        adapter_name_or_path: str | Path | None = None,
         load_as: str | None = None,
         with_head: bool = True,
         set_active: bool = False,
@@ -101,10 +101,14 @@ class SavingMixin(AdapterModelMixin):
             CheckpointError: If the files cannot be read, or do not fit this model.
             ConfigError: If a name is taken.
             UnknownNameError: If a type of head or adapter is not installed.
+            UnsupportedError: If the call is for transformers' own method, and there are adapters.
             The model is as it was before in each case.
         """
-        if upstream:
-            return str(super().load_adapter(adapter_name_or_path, **upstream))  # type: ignore[misc]
+        if upstream or adapter_name_or_path is None:
+            self._refuse_peft()
+            given = {"peft_model_id": adapter_name_or_path, "revision": revision}
+            upstream |= {key: value for key, value in given.items() if value is not None}
+            return str(super().load_adapter(**upstream))  # type: ignore[misc]
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
             raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")

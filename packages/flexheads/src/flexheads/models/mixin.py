@@ -42,6 +42,7 @@ class AdapterModelMixin(TransformersModel):
         """Gives the model its adapter support."""
         self._attachment = Attachment(self, backbone, spec)  # type: ignore[arg-type]
         self.adapters = NamedModules("adapter")
+        self.adapters.train(self.training)
         self._merged = {}
         self._changed()
 
@@ -69,13 +70,28 @@ class AdapterModelMixin(TransformersModel):
             ConfigError: If the name is taken, or the configuration does not fit the model.
             UnsupportedError: If the model cannot carry the method.
         """
-        if hasattr(adapter_name, "peft_type") or "adapter_config" in upstream:
-            super().add_adapter(adapter_name, config, **upstream)  # type: ignore[misc]
+        if hasattr(adapter_name, "peft_type") or upstream:
+            self._refuse_peft()
+            first = () if upstream else (adapter_name, *filter(None, [config]))
+            named = {"adapter_name": adapter_name, **upstream} if upstream else {}
+            super().add_adapter(*first, **named)  # type: ignore[misc]
             return
         self._refuse_taken("adapter", adapter_name, overwrite_ok)
         self._install(self._build_adapter(adapter_name, load_config(config)))
         if set_active:
             self.set_active_adapters(adapter_name)
+
+    def _refuse_peft(self) -> None:
+        """Keeps PEFT, which picks modules by how their names end, from picking those of adapters.
+
+        Raises:
+            UnsupportedError: If there are any.
+        """
+        if self.adapters:
+            raise UnsupportedError(
+                "PEFT picks modules by how their names end, so it may change the adapters "
+                f"{list(self.adapters)}. Add those of PEFT first, and these afterwards."
+            )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter; where it was active, no adapter is.
@@ -83,6 +99,9 @@ class AdapterModelMixin(TransformersModel):
         Raises:
             UnknownNameError: If there is none of that name.
         """
+        if adapter_name not in self.adapters and adapter_name in getattr(self, "peft_config", ()):
+            super().delete_adapter(adapter_name)  # type: ignore[misc]
+            return
         if adapter_name not in self.adapters:
             raise UnknownNameError("adapter", adapter_name, self.adapters)
         if adapter_name in self._merged:

@@ -49,8 +49,15 @@ class WholeModelMixin(AdapterModelMixin):
         """Saves the whole model; see transformers for the arguments.
 
         Raises:
-            UnsupportedError: If an adapter is merged, because it would act twice after loading.
+            UnsupportedError: If an adapter is merged, because it would act twice after loading, or
+                if transformers' own methods have added adapters of PEFT, which it saves alone.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise UnsupportedError(
+                "This model has adapters of PEFT, and a whole model with both kinds cannot be "
+                "saved. Delete those, or save each kind by itself: save_adapter for ours, "
+                "get_adapter_state_dict(name) for those of PEFT."
+            )
         if self._merged:
             raise UnsupportedError(
                 f"{next(iter(self._merged))!r} is merged into the backbone; "
