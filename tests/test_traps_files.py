@@ -284,7 +284,7 @@ def test_a_saved_configuration_says_nothing_of_ours_once_adapters_are_gone(
 # --- transformers' own methods for PEFT ------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:Adapter theirs was")
 @each_kind
 def test_transformers_own_adapter_methods_still_work(kind: str) -> None:
     peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flexheads.errors import CompositionError
 from flexheads.plan import Plan
@@ -145,7 +145,7 @@ def _requiring_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.detach().requires_grad_() if a is tensors[0] else a for a in args)
 
 
-def plan_checkpoints(modules: Iterable[nn.Module], runtime: Runtime) -> None:
+def plan_checkpoints(modules: Iterable[Any], runtime: Runtime) -> None:
     """Binds the checkpointing functions of `modules` to the plan of each call.
 
     Called on entering a training forward, because users and trainers switch checkpointing on at
