@@ -65,8 +65,9 @@ TOKENS_QUESTIONS = (
 MIN_WORDS = 9  # of a docstring
 BEGINNING = 60  # characters that no two docstrings share
 PER_MODULE = 120  # docstrings of one module at most, so that no module outweighs the others
-TRAIN_PER_AREA, TEST_PER_AREA = 450, 150
+TRAIN_PER_AREA, TEST_PER_AREA = 300, 100
 TRAIN_LINES, TEST_LINES = 1000, 400
+MOST_BYTES = 20_000  # of a module whose lines are taken: larger ones take long to read
 FEWEST = 40  # test docstrings below which an area is left out: some systems package it apart
 
 _KIND_OF_TYPE = {
@@ -265,9 +266,10 @@ def tokens_task(fold: int = 1, library: Path | None = None) -> Task:
         library: Folder of the standard library; None is that of this Python.
     """
     modules = modules_of(" ".join(AREAS.values()), library)
+    small = {name: file for name, file in modules.items() if file.stat().st_size < MOST_BYTES}
     seen: set[str] = set()
     parts = []
-    for part, count in zip(split_modules(modules, fold), (TRAIN_LINES, TEST_LINES), strict=True):
+    for part, count in zip(split_modules(small, fold), (TRAIN_LINES, TEST_LINES), strict=True):
         found = [e for name, file in part.items() for e in _lines_of(name, file, seen)]
         parts.append(balanced(found, count))
     return Task("tokens", KINDS, *parts, TOKENS_QUESTIONS, tagging=True)

@@ -82,7 +82,7 @@ class SavingMixin(AdapterModelMixin):
         revision: str | None = None,
         **upstream: Any,
     ) -> str:
-        """Loads an adapter, and the head beside it.
+        """Loads an adapter, and the head beside it, or else leaves the model as it was.
 
         Args:
             adapter_name_or_path: A directory, or the id of a repository on the hub.
@@ -101,14 +101,10 @@ class SavingMixin(AdapterModelMixin):
             CheckpointError: If the files cannot be read, or do not fit this model.
             ConfigError: If a name is taken.
             UnknownNameError: If a type of head or adapter is not installed.
-            UnsupportedError: If the call is for transformers' own method, and there are adapters.
-            The model is as it was before in each case.
+            UnsupportedError: If transformers' own method is meant, and there are adapters.
         """
         if upstream or adapter_name_or_path is None:
-            self._refuse_peft()
-            given = {"peft_model_id": adapter_name_or_path, "revision": revision}
-            upstream |= {key: value for key, value in given.items() if value is not None}
-            return str(super().load_adapter(**upstream))  # type: ignore[misc]
+            return self._load_upstream(adapter_name_or_path, revision, upstream)
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
             raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")
@@ -146,6 +142,13 @@ class SavingMixin(AdapterModelMixin):
 
     def _install_prepared(self, prepared: Any) -> None:
         """Puts what `_prepare_head` has built into the model."""
+
+    def _load_upstream(self, path: Any, revision: str | None, upstream: dict[str, Any]) -> str:
+        """Passes a call on to transformers' own ``load_adapter``."""
+        self._refuse_peft()
+        given = {"peft_model_id": path, "revision": revision}
+        upstream |= {key: value for key, value in given.items() if value is not None}
+        return str(super().load_adapter(**upstream))  # type: ignore[misc]
 
     # --- helpers ------------------------------------------------------------------------------
 

@@ -151,6 +151,7 @@ def plan_checkpoints(modules: Iterable[Any], runtime: Runtime) -> None:
     Called on entering a training forward, because users and trainers switch checkpointing on at
     any time and at any level of the model.
     """
+    module: Any
     for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, PlannedCheckpoint):
