@@ -48,7 +48,7 @@ AREAS = {
         "modulefinder pdb pkgutil profile pstats py_compile pyclbr runpy symtable timeit tokenize "
         "trace traceback unittest zipimport"
     ),
-    "windows": "idlelib tkinter turtle turtledemo",
+    "user interfaces": "idlelib tkinter turtle turtledemo",
 }
 KINDS = ("name", "keyword", "operator", "number", "string", "comment")
 

@@ -96,7 +96,7 @@ def _curves(axis: Any, result: Result) -> list[Any]:
     epochs, values = zip(*result.accuracies, strict=True)
     lines = axis.plot(epochs, values, "o-", color=ADAPTER, label="adapter + head", linewidth=2)
     for score, colour, label in (
-        (result.head, HEAD, "head alone, trained to its best"),
+        (result.head, HEAD, "head alone"),
         (result.majority, MAJORITY, "majority"),
     ):
         lines.append(axis.axhline(score.accuracy, color=colour, linestyle="--", label=label))

@@ -255,6 +255,15 @@ def test_delete_one_head_of_parallel_branches(model: Any) -> None:
     assert torch.equal(output["b"].logits, expected)
 
 
+def test_deleting_a_parallel_adapter_leaves_no_head_bound_to_its_rows(model: Any) -> None:
+    prepare(model, "a", "b")
+    model.set_active_adapters(Parallel("a", "b"))
+    model.delete_adapter("a")
+    assert model.active_adapters is None
+    assert model.active_head is None
+    assert model.heads.keys() == ("a", "b")
+
+
 @pytest.mark.parametrize("state", ["active", "inactive", "stacked", "parallel", "merged"])
 def test_delete_adapter(backbone_dir: str, model: Any, state: str, snapshot: Callable) -> None:
     model.add_classification_head("x", num_labels=3)
