@@ -43,7 +43,7 @@ def csv_task(file: Path, text: str, label: str, seed: int = 0) -> Task:
         test += rows[:count]
         train += rows[count:]
     questions = tuple(dict.fromkeys(example.text for example in test[:: len(test) // 3 or 1]))[:3]
-    return Task(label, tuple(sorted(by_label)), train, test, questions)
+    return Task(label, tuple(sorted(by_label)), train, test, questions, by_module=False)
 
 
 def read_examples(file: Path, text: str, label: str) -> list[Example]:

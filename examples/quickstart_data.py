@@ -107,6 +107,7 @@ class Task:
         test: What to measure on.
         questions: A few inputs to answer when all is done.
         tagging: Whether the parts of a text are labelled, and not the text.
+        by_module: Whether the splits share no module, and not only no row.
     """
 
     name: str
@@ -115,15 +116,16 @@ class Task:
     test: list[Example]
     questions: tuple[str, ...]
     tagging: bool = False
+    by_module: bool = True
 
     def describe(self) -> str:
         """One line about the data."""
         unit = "lines" if self.tagging else "texts"
-        modules = [len({e.source for e in part}) for part in (self.train, self.test)]
-        return (
-            f"{self.name}: {len(self.labels)} labels, {len(self.train)} {unit} of {modules[0]} "
-            f"modules for training, {len(self.test)} {unit} of {modules[1]} others for the test"
-        )
+        sizes = [f"{len(part)} {unit}" for part in (self.train, self.test)]
+        if self.by_module:
+            train, test = (len({e.source for e in part}) for part in (self.train, self.test))
+            sizes = [f"{sizes[0]} of {train} modules", f"{sizes[1]} of {test} others"]
+        return f"{self.name}: {len(self.labels)} labels, {sizes[0]} to train on, {sizes[1]} to test"
 
 
 # --- modules ----------------------------------------------------------------------------------

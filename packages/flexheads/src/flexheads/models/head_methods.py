@@ -143,8 +143,8 @@ class HeadsMixin(SavingMixin):
         """The heads of the adapters' names; those that are active where there are none."""
         for name in () if block is None else block.names():
             self.get_adapter(name)
-        chains = route(block).chains
-        named = {number: chain[-1] for number, chain in enumerate(chains) if chain}
+        routing = route(block)
+        named = {number: chain[-1] for number, chain in enumerate(routing.chains) if chain}
         found = {number: name for number, name in named.items() if name in self.heads}
         everywhere = tuple(r for r in current if r.chain is None)
         if not found:
@@ -154,7 +154,7 @@ class HeadsMixin(SavingMixin):
             raise UnknownNameError(
                 "head", missing, self.heads, "Every branch needs one, or none of them has one."
             )
-        if len(chains) == 1:
+        if routing.single:
             return (HeadRoute(found[0]),)
         return tuple(HeadRoute(name, number) for number, name in found.items())
 
@@ -170,7 +170,7 @@ class HeadsMixin(SavingMixin):
         current = self._attachment.runtime.active.heads
         if head is not None:
             return self._routes(head)
-        if adapter_names is not None and len(route(block).chains) > 1:
+        if adapter_names is not None and not route(block).single:
             return self._heads_for(block, current)
         return tuple(r for r in current if r.chain is None)
 
