@@ -47,7 +47,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     add("--label", metavar="COLUMN", help="its column with the labels")
     add("--output", type=Path, default=Path("quickstart-output"), metavar="DIR",
         help="where adapters and picture go (default: %(default)s)")  # fmt: skip
-    add("--epochs", type=float, help="passes over the training data (default: 2)")
+    add("--epochs", type=float, help="passes over the training data (default: 3)")
     add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     add("--fast", action="store_true", help="little data, to see that it runs; learns little")
     add("--answer", type=Path, help=argparse.SUPPRESS)  # what the second process is started with
@@ -58,7 +58,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if not arguments.data and columns != (None, None):
         parser.error("--text and --label need --data FILE.csv")
     if arguments.epochs is not None and not 0 < arguments.epochs < 1000:
-        parser.error(f"--epochs {arguments.epochs:g} is no sensible number; try --epochs 2")
+        parser.error(f"--epochs {arguments.epochs:g} is no sensible number; try --epochs 3")
     if not 0 <= arguments.seed < 2**32:
         parser.error("--seed takes a number from 0 to 4294967295")
     return arguments

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,19 @@ class Settings:
         max_length: Longest input, in sub-word tokens.
         batch_size: Rows per step.
         learning_rate: Of adapter and head.
+        tagging_rate: The same, for tasks that label tokens.
         evaluations: Points of the learning curve.
         head_rates: Learning rates that the head alone may choose from.
         head_epochs: Passes over the training data with the head alone.
     """
 
     adapter: str = "double_seq_bn"
-    epochs: float = 2
+    epochs: float = 3
     seed: int = 0
     max_length: int = 40
     batch_size: int = 32
     learning_rate: float = 2e-3
+    tagging_rate: float = 3e-3
     evaluations: int = 4
     head_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     head_epochs: int = 20
@@ -279,7 +281,7 @@ def arguments(settings: Settings, rows: int, folder: Path) -> TrainingArguments:
         warmup_steps=steps // 10,
         seed=settings.seed,
         eval_strategy="steps",
-        eval_steps=max(1, steps // settings.evaluations),
+        eval_steps=max(1, math.ceil(steps / settings.evaluations)),
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         report_to="none",
@@ -299,6 +301,8 @@ def train_task(model: Any, task: Task, tokenizer: Any, settings: Settings, folde
     train, test = (
         encode(part, task, tokenizer, settings.max_length) for part in (task.train, task.test)
     )
+    if task.tagging:
+        settings = replace(settings, learning_rate=settings.tagging_rate)
     test.sort(key=lambda row: len(row["input_ids"]))  # less padding
     alone, head_parameters = head_alone(model, task, train, test, tokenizer, settings)
     set_seed(settings.seed)

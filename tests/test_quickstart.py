@@ -223,7 +223,7 @@ def test_missing_file_is_refused(example, data, tmp_path):
     [
         (["--data", "a.csv"], "--data needs --text COLUMN and --label COLUMN"),
         (["--text", "a"], "--text and --label need --data FILE.csv"),
-        (["--epochs", "0"], "try --epochs 2"),
+        (["--epochs", "0"], "try --epochs 3"),
         (["--seed", "-1"], "--seed takes a number from 0"),
     ],
 )
