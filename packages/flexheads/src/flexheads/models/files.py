@@ -159,6 +159,13 @@ class SavingMixin(AdapterModelMixin):
         with reading(source):
             return read_bundle(source, self._layout(), revision, with_head=with_head)
 
+    def _write_head(
+        self, head: SavedHead | SavedStaticHead, save_directory: str | Path, format: str
+    ) -> None:
+        """Saves a head alone."""
+        bundle = Bundle(head=head, head_from=self._head_provenance(head))
+        write_bundle(bundle, save_directory, self._layout(), format)
+
     def _layout(self) -> Layout:
         attachment = self._attachment
         backbone = attachment.backbone

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
-from flexheads.checkpoints.transfer import fill, write_bundle
+from flexheads.checkpoints.transfer import fill
 from flexheads.composition import Block, Setup, route
 from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
@@ -221,8 +221,7 @@ class HeadsMixin(SavingMixin):
         head = self._saved_head(name) if isinstance(name, str) else None
         if head is None:
             raise UnknownNameError("head", name, self.heads)
-        bundle = Bundle(head=head, head_from=self._head_provenance(head))
-        write_bundle(bundle, save_directory, self._layout(), format)
+        self._write_head(head, save_directory, format)
 
     def load_head(
         self,

@@ -74,13 +74,10 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
         Raises:
             UnsupportedError: If the class has no head.
         """
-        from flexheads.checkpoints.transfer import write_bundle
-
         head = self._saved_head("")
         if head is None:
             raise UnsupportedError(f"{type(self).__name__} has no head.")
-        bundle = Bundle(head=head, head_from=self._head_provenance(head))
-        write_bundle(bundle, save_directory, self._layout(), format)
+        self._write_head(head, save_directory, format)
 
     def load_head(self, save_directory: Any, id2label: Mapping[int, str] | None = None) -> None:
         """Loads a head alone, of this class or a flexible one that equals it.
