@@ -36,12 +36,20 @@ nox.options.error_on_external_run = True
 
 
 def constraints(transformers: str | None = None) -> str:
-    """The tested set as text, with another release of transformers where one is given."""
+    """The tested set as text, with another release of transformers where one is given.
+
+    The releases of sentence-transformers (the demo's encoder comes with it) that take
+    transformers 4 and those that take 5 have nothing in common; pip would search for hours.
+    """
     text = CONSTRAINTS.read_text(encoding="utf-8")
     if transformers is None:
         return text
-    text = re.sub(r"^transformers==.*\n", "", text, flags=re.MULTILINE)
-    return f"{text}transformers=={transformers}\n"
+    pins = [f"transformers=={transformers}"]
+    if transformers.startswith("4."):
+        pins.append("sentence-transformers==5.1.2")
+    for pin in pins:
+        text = re.sub(rf"^{pin.partition('==')[0]}==.*\n", "", text, flags=re.MULTILINE)
+    return "\n".join([text, *pins, ""])
 
 
 def install(session: nox.Session, python: str, what: Sequence[str], pins: str) -> None:
