@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor
 
 from flexheads import BertModelWithHeads, init, load_config
-from flexheads.checkpoints import hub_names
+from flexheads.checkpoints.hub.heads import HeadNames
+from flexheads.checkpoints.hub.methods import adapter_names
 from flexheads.testing import randomise, tiny_config, tiny_inputs
 
 from .library import BertAdapterModel, PeerConfig, adapters
@@ -63,11 +64,8 @@ def inputs() -> dict[str, Tensor]:
 def peer_keys(model: Any, name: str) -> dict[str, list[str]]:
     """For each parameter of an adapter of ours, by logical address, its names in the peer."""
     adapter, layout = model.adapters[name], model._layout()
-    fields = adapter.config.to_dict()
-    return {
-        address: hub_names.adapter_keys(address, name, fields, layout)
-        for address in adapter.state_dict()
-    }
+    names = adapter_names(name, adapter.config.to_dict(), layout)
+    return {address: names.keys(address) for address in adapter.state_dict()}
 
 
 def adapter_keys(ours: Any, name: str = NAME) -> dict[str, list[str]]:
@@ -86,7 +84,7 @@ def copy_adapter(ours: Any, theirs: Any, name: str = NAME) -> None:
 def copy_head(ours: Any, theirs: Any, name: str) -> dict[str, str]:
     """Gives the peer's head our weights; returns the peer's name of each of our parameters."""
     head = ours.heads[name]
-    names = hub_names.HeadNames(head.to_dict())
+    names = HeadNames(head.to_dict())
     keys = {address: names.key(address, name) for address in head.state_dict()}
     named = {keys[address]: tensor for address, tensor in head.state_dict().items()}
     assert not theirs.load_state_dict(named, strict=False).unexpected_keys

@@ -35,6 +35,8 @@ BERT = ArchitectureSpec(
             attention_output="attention.output.dense",
             mlp_in="intermediate.dense",
             mlp_out="output.dense",
+            self_attention="attention.self",
+            norms=("attention.output.LayerNorm", "output.LayerNorm"),
             adapterhub={"attention": "attention.output", "feed_forward": "output"},
         ),
     ),

@@ -52,7 +52,7 @@ def doctor() -> None:
 @app.command()
 def inspect(directory: Annotated[Path, typer.Argument(help="A saved adapter or head.")]) -> None:
     """Shows what the configurations in a directory say, without loading any weights."""
-    from flexheads.checkpoints.adapterhub import ADAPTER_CONFIG, HEAD_CONFIG
+    from flexheads.checkpoints.hub.format import ADAPTER_CONFIG, HEAD_CONFIG
     from flexheads.checkpoints.store import read_json
 
     found = [directory / name for name in (ADAPTER_CONFIG, HEAD_CONFIG)]

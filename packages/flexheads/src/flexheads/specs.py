@@ -15,6 +15,8 @@ the AdapterHub files of 2020 to 2026 name comes first.
 
 Pooling = Literal["first_token", "last_token", "last_eos", "mean"]
 
+Side = Literal["encoder", "decoder"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSite:
@@ -33,22 +35,42 @@ class ResidualSite:
     norm: Path | None = None
 
 
+@dataclass(frozen=True)
+class FusedBlock:
+    """One of several equal blocks that a fused projection computes at once.
+
+    Attributes:
+        index: Which block of the output, from 0.
+        of: How many there are.
+    """
+
+    index: int
+    of: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """The sites in one stack of equal layers; every path is relative to one layer.
 
     Attributes:
         path: The ``ModuleList`` of layers, relative to the backbone.
+        side: The side of an encoder-decoder model; None where there is only one.
         attention: Residual site behind the self-attention.
         cross_attention: Residual site behind the cross-attention of a decoder.
         feed_forward: Residual site behind the feed-forward network.
         query, key, value, attention_output: Linear projections of the self-attention.
+        cross_query, cross_key, cross_value, cross_attention_output: Those of the cross-attention.
         mlp_in, mlp_out: Linear projections of the feed-forward network.
+        fused: For projections that share one module, the block of its output that is theirs.
+        self_attention, encoder_attention: The modules that compute the self-attention and the
+            cross-attention, from queries, keys and values.
+        norms: The layer norms.
         adapterhub: For files in the AdapterHub layout: site role to module path inside the layer.
             Roles that are not named use the first alternative of their own path.
     """
 
     path: Path
+    side: Side | None = None
     attention: ResidualSite | None = None
     cross_attention: ResidualSite | None = None
     feed_forward: ResidualSite | None = None
@@ -56,8 +78,16 @@ class LayerSpec:
     key: Path | None = None
     value: Path | None = None
     attention_output: Path | None = None
+    cross_query: Path | None = None
+    cross_key: Path | None = None
+    cross_value: Path | None = None
+    cross_attention_output: Path | None = None
     mlp_in: Path | None = None
     mlp_out: Path | None = None
+    fused: Mapping[str, FusedBlock] = field(default_factory=dict)
+    self_attention: Path | None = None
+    encoder_attention: Path | None = None
+    norms: tuple[Path, ...] = ()
     adapterhub: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,6 +101,8 @@ class ArchitectureSpec:
         backbone: The transformers base model, as ``"module:Class"``.
         layers: The stacks of layers. Layer numbers count through them in this order.
         embeddings: The module whose output enters the first layer; invertible adapters act on it.
+        norms: Layer norms outside of the layers.
+        inputs: What the model reads: token ids or images.
         pooling: The token that stands for the sequence where a head asks for one vector.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
         tiny: Configuration overrides that make a tiny random model, for tests.
@@ -81,6 +113,8 @@ class ArchitectureSpec:
     backbone: str
     layers: tuple[LayerSpec, ...]
     embeddings: Path | None = None
+    norms: tuple[Path, ...] = ()
+    inputs: Literal["tokens", "pixels"] = "tokens"
     pooling: Pooling = "first_token"
     pooler: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)

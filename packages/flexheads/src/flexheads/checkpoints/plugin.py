@@ -14,7 +14,7 @@ def flexheads_register_checkpoint_formats() -> Iterable[CheckpointFormat]:
     return [
         CheckpointFormat(
             name="adapterhub",
-            format="flexheads.checkpoints.adapterhub:AdapterHubFormat",
+            format="flexheads.checkpoints.hub.format:AdapterHubFormat",
             description="adapter_config.json beside adapter.safetensors or pytorch_adapter.bin",
         )
     ]

@@ -38,7 +38,9 @@ class AdapterMethod(ABC):
             model_config: The model's configuration.
 
         Returns:
-            The part at each site that the adapter takes, by that site's address.
+            The part at each site that the adapter takes, by that site's address. What several
+            parts use together is a module of its own, under ``"shared.<word>"``; a part holds it
+            in a tuple, which keeps it from being the part's own.
 
         Raises:
             ConfigError: If the configuration does not fit this model.
@@ -69,7 +71,7 @@ class Adapter(nn.Module):
     Args:
         name: The adapter's name.
         config: Its configuration.
-        parts: Its modules by address.
+        parts: Its modules by address, as `AdapterMethod.build` gives them.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.config, self.method = name, config, method
-        self._addresses = tuple(parts)
+        self._addresses = tuple(address for address in parts if not is_shared(address))
         for address, part in parts.items():
             *path, last = address.split(".")
             parent: nn.Module = self
@@ -101,6 +103,11 @@ class Adapter(nn.Module):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._addresses)
+
+
+def is_shared(address: str) -> bool:
+    """Whether an address is that of a module which parts of an adapter use together."""
+    return address.startswith("shared.")
 
 
 @contextmanager

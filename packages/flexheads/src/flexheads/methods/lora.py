@@ -16,7 +16,7 @@ from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.linear import AttachedLinear, LinearPart
+from flexheads.sites.linear import AttachedLinear, LinearPart, Projection
 
 _MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention_output"}
 
@@ -128,7 +128,7 @@ class LowRank(_Gated):
             nn.init.normal_(self.lora_A, std=0.02)
             nn.init.normal_(self.lora_B, std=0.02)
 
-    def forward(self, hidden: Tensor, output: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         product = functional.linear(
             functional.linear(self.dropout(hidden), self.lora_A), self.lora_B
@@ -151,7 +151,7 @@ class Scaling(_Gated):
         elif config.init_weights == "bert":
             nn.init.normal_(self.lora_B, std=0.02)
 
-    def forward(self, hidden: Tensor, output: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         return output * (self.lora_B.view(-1) * self.factor(hidden))
 

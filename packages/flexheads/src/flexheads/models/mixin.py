@@ -11,19 +11,21 @@ from transformers import PreTrainedModel
 
 from flexheads.composition import Block, Setup, parse_composition
 from flexheads.errors import ConfigError, FlexheadsError, UnknownNameError, UnsupportedError
-from flexheads.methods.base import Adapter
+from flexheads.methods.base import Adapter, is_shared
 from flexheads.methods.config import AdapterConfig, load_config
 from flexheads.models.base import TransformersModel
 from flexheads.models.container import NamedModules
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import Attachment
+from flexheads.sites.base import place
+from flexheads.sites.linear import AttachedLinear, Projection
 from flexheads.sites.runtime import plan_checkpoints
 from flexheads.specs import ArchitectureSpec
 
 _PLANS_KEPT = 256
 
-_Original = tuple[nn.Linear, Tensor, Tensor | None]
+_Original = tuple[Projection, Tensor, Tensor | None]
 """A projection, and the weight and bias that it had before merging."""
 
 
@@ -132,7 +134,7 @@ class AdapterModelMixin(TransformersModel):
         if not parts:
             raise ConfigError(f"The configuration of adapter {name!r} adapts nothing: {config!r}.")
         for address, part in parts.items():
-            sites[address].place(part)
+            place(part, self._attachment.backbone if is_shared(address) else sites[address].host)
         return Adapter(name, config, method, parts).train(self.training)
 
     def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
@@ -300,29 +302,22 @@ class AdapterModelMixin(TransformersModel):
         folded = []
         with torch.no_grad():
             for address, part in adapter.parts.items():
-                host = self._attachment.sites[address].host
-                if not isinstance(host, nn.Linear):
+                site = self._attachment.sites[address]
+                if not isinstance(site, AttachedLinear):
                     raise UnsupportedError(f"{type(adapter.method).__name__} cannot be merged.")
-                weight: Tensor = host.weight
-                bias: Tensor | None = host.bias
+                weight, bias = site.projection.weight, site.projection.bias
                 folded.append(adapter.method.merged(part, weight, bias))
-                kept.append((host, weight.clone(), None if bias is None else bias.clone()))
-            for (host, _, _), new in zip(kept, folded, strict=True):
-                _fill(host, *new)
+                own = None if bias is None else bias.clone()
+                kept.append((site.projection, weight.clone(), own))
+            for (projection, _, _), new in zip(kept, folded, strict=True):
+                projection.write(*new)
         self._merged[adapter_name] = kept
         self._changed()
 
     def reset_adapter(self) -> None:
         """Takes a merged adapter out of the weights again, bit for bit."""
         for kept in self._merged.values():
-            for host, weight, bias in kept:
-                _fill(host, weight, bias)
+            for projection, weight, bias in kept:
+                projection.write(weight, bias)
         self._merged.clear()
         self._changed()
-
-
-@torch.no_grad()
-def _fill(host: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    host.weight.copy_(weight)
-    if bias is not None:
-        host.bias.copy_(bias)

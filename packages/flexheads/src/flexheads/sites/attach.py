@@ -12,17 +12,34 @@ from transformers import PreTrainedModel
 from flexheads.composition import Block, route
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.plan import HeadRoute, Plan
-from flexheads.sites.base import AttachedSite, compiled
+from flexheads.sites.attention import AttachedAttention
+from flexheads.sites.base import CALL, AttachedSite, compiled
+from flexheads.sites.call import CallInputs
 from flexheads.sites.embedding import AttachedEmbedding
+from flexheads.sites.hidden import AttachedHidden
 from flexheads.sites.linear import AttachedLinear
+from flexheads.sites.output import AttachedOutput
 from flexheads.sites.residual import AttachedResidual
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import ArchitectureSpec, LayerSpec, Path, ResidualSite
 
 RESIDUAL_ROLES = ("attention", "cross_attention", "feed_forward")
-LINEAR_ROLES = ("query", "key", "value", "attention_output", "mlp_in", "mlp_out")
-EMBEDDINGS = "embeddings"
+LINEAR_ROLES = (
+    "query",
+    "key",
+    "value",
+    "attention_output",
+    "cross_query",
+    "cross_key",
+    "cross_value",
+    "cross_attention_output",
+    "mlp_in",
+    "mlp_out",
+)
+ATTENTION_ROLES = ("self_attention", "encoder_attention")
+HIDDEN_ROLE = "output"
+EMBEDDINGS, TOKENS = "embeddings", "tokens"
 
 
 def find_module(root: nn.Module, path: Path, owner: str) -> nn.Module:
@@ -64,6 +81,7 @@ class Attachment:
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
         self._handles: dict[tuple[str, str], RemovableHandle] = {}
+        self._call = CallInputs(self.runtime, backbone)
         for site in self._find_sites(model):
             self.sites[site.address] = site
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -75,27 +93,40 @@ class Attachment:
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             width = getattr(config, "embedding_size", None) or config.hidden_size
             yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs)
-        for layers in self.spec.layers:
-            for layer in find_module(self.backbone, layers.path, owner).children():
-                yield from self._find_layer_sites(layer, layers, owner)
+        tokens = self.backbone.get_input_embeddings()
+        if self.spec.inputs == "tokens" and isinstance(tokens, nn.Embedding):
+            width = tokens.embedding_dim
+            yield AttachedOutput(TOKENS, TOKENS, None, tokens, width, self.runtime)
+        for stack in range(len(self.spec.layers)):
+            layers = self.spec.layers[stack]
+            for index, layer in enumerate(
+                find_module(self.backbone, layers.path, owner).children()
+            ):
+                yield from self._find_layer_sites(layer, layers, stack, index, owner)
                 self.depth += 1
+        for number, path in enumerate(self.spec.norms):
+            host = find_module(self.backbone, path, owner)
+            yield AttachedOutput(
+                f"norms.{number}", "norm", None, host, config.hidden_size, self.runtime
+            )
 
     def _find_layer_sites(
-        self, layer: nn.Module, layers: LayerSpec, owner: str
+        self, layer: nn.Module, layers: LayerSpec, stack: int, index: int, owner: str
     ) -> Iterator[AttachedSite]:
-        number = self.depth
+        number, start = self.depth, f"layers.{self.depth}"
+        width, runtime = self.backbone.config.hidden_size, self.runtime
         for role in RESIDUAL_ROLES:
             site: ResidualSite | None = getattr(layers, role)
             if site is not None:
                 output = find_module(layer, site.output, owner)
                 norm = None if site.norm is None else find_module(layer, site.norm, owner)
                 yield AttachedResidual(
-                    f"layers.{number}.{role}",
+                    f"{start}.{role}",
                     role,
                     number,
                     layer,
-                    self.backbone.config.hidden_size,
-                    self.runtime,
+                    width,
+                    runtime,
                     output=output,
                     residual=find_module(layer, site.residual, owner),
                     residual_from=site.residual_from,
@@ -105,21 +136,47 @@ class Attachment:
             path: Path | None = getattr(layers, role)
             if path is not None:
                 host = find_module(layer, path, owner)
-                yield AttachedLinear(f"layers.{number}.{role}", role, number, host, self.runtime)
+                block = layers.fused.get(role)
+                yield AttachedLinear(f"{start}.{role}", role, number, host, runtime, block)
+        for role in ATTENTION_ROLES:
+            path = getattr(layers, role)
+            if path is not None:
+                host = find_module(layer, path, owner)
+                yield AttachedAttention(
+                    f"{start}.{role}",
+                    role,
+                    number,
+                    host,
+                    runtime,
+                    config=self.backbone.config,
+                    stack=stack,
+                    index=index,
+                    side=layers.side,
+                )
+        yield AttachedHidden(
+            f"{start}.{HIDDEN_ROLE}", HIDDEN_ROLE, number, layer, width, runtime, side=layers.side
+        )
+        for place, path in enumerate(layers.norms):
+            host = find_module(layer, path, owner)
+            yield AttachedOutput(f"{start}.norms.{place}", "norm", number, host, width, runtime)
 
     def paths(self) -> dict[str, str]:
         """For every site its path in AdapterHub files, relative to the backbone."""
-        found = {EMBEDDINGS: EMBEDDINGS} if EMBEDDINGS in self.sites else {}
+        found = {name: name for name in (EMBEDDINGS, TOKENS) if name in self.sites}
         number = 0
         for layers in self.spec.layers:
             stack = find_module(self.backbone, layers.path, self.spec.name)
             for index in range(len(stack)):  # type: ignore[arg-type]
-                for role in (*RESIDUAL_ROLES, *LINEAR_ROLES):
+                start = f"{_first(layers.path)}.{index}"
+                for role in (*RESIDUAL_ROLES, *LINEAR_ROLES, *ATTENTION_ROLES):
                     path = layers.adapterhub.get(role, getattr(layers, role))
                     if path is not None and not isinstance(path, ResidualSite):
-                        word = f"{_first(layers.path)}.{index}.{_first(path)}"
-                        found[f"layers.{number}.{role}"] = word
+                        found[f"layers.{number}.{role}"] = f"{start}.{_first(path)}"
+                found[f"layers.{number}.{HIDDEN_ROLE}"] = start
+                for place, path in enumerate(layers.norms):
+                    found[f"layers.{number}.norms.{place}"] = f"{start}.{_first(path)}"
                 number += 1
+        found |= {f"norms.{place}": _first(path) for place, path in enumerate(self.spec.norms)}
         return found
 
     def sync(self, adapters: Iterable[Mapping[str, nn.Module]]) -> None:
@@ -133,7 +190,7 @@ class Attachment:
                 by itself. (A model that is compiled as a whole sees them, see `Runtime.version`.)
         """
         needed = {
-            (address, hook)
+            ("" if hook == CALL else address, hook)
             for parts in adapters
             for address, part in parts.items()
             for hook in self.sites[address].needed(part)
@@ -149,7 +206,8 @@ class Attachment:
         for key in old:
             self._handles.pop(key).remove()
         for address, hook in sorted(new):
-            self._handles[address, hook] = self.sites[address].register(hook)
+            site = self.sites[address] if address else self._call
+            self._handles[address, hook] = site.register(hook)
         self.runtime.version += bool(old or new)
 
     def plan(

@@ -13,6 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
+CALL = "call"
+"""Name of the one hook that notes what the backbone is called with, for all sites."""
+
 
 class AttachedSite(ABC):
     """One place in a live model where adapters act.
@@ -30,7 +33,8 @@ class AttachedSite(ABC):
     """
 
     kind: str
-    """What is handed to an adapter here: ``residual``, ``linear`` or ``embedding``."""
+    """What is handed to an adapter here: ``residual``, ``linear``, ``attention``, ``hidden``,
+    ``embedding``, ``norm`` or ``tokens``."""
 
     def __init__(
         self,
@@ -46,7 +50,10 @@ class AttachedSite(ABC):
 
     @abstractmethod
     def needed(self, part: Any) -> frozenset[str]:
-        """The names of the hooks that `part`, an adapter's module at this site, relies on."""
+        """The names of the hooks that `part`, an adapter's module at this site, relies on.
+
+        Beside this site's own hooks that is `CALL` for a site that reads the call's inputs.
+        """
 
     @abstractmethod
     def register(self, hook: str) -> RemovableHandle:
@@ -59,10 +66,6 @@ class AttachedSite(ABC):
     def planned(self) -> Any:
         """This site's part in the plan that holds, or None."""
         return self.runtime.current().ops.get(self.address)
-
-    def place(self, part: nn.Module) -> nn.Module:
-        """Moves a new part to the dtype and device of the layer it sits at."""
-        return place(part, self.host)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"

@@ -78,8 +78,12 @@ class Runtime:
         self._thread.values[key] = value
 
     def take(self, key: str) -> Any:
-        """What an earlier hook of the same call has put, or None."""
+        """What an earlier hook of the same call has put, or None; it is gone then."""
         return self._thread.values.pop(key, None)
+
+    def peek(self, key: str) -> Any:
+        """What an earlier hook of the same call has put, or None; it stays."""
+        return self._thread.values.get(key)
 
 
 class Scope:
@@ -129,11 +133,14 @@ class PlannedCheckpoint:
 class _Replay:
     def __init__(self, runtime: Runtime, plan: Plan, function: Callable[..., Any]) -> None:
         self.runtime, self.plan, self.function = runtime, plan, function
+        self.call = runtime.peek("call")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.runtime.holds(self.plan):  # nothing to set, so a compiled checkpoint is pure
             return self.function(*args, **kwargs)
         with self.runtime.scope(self.plan):
+            if self.call is not None:
+                self.runtime.put("call", self.call)
             return self.function(*args, **kwargs)
 
 

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from flexheads.checkpoints import hub_names
 from flexheads.checkpoints.bundle import (
     Bundle,
     Format,
@@ -18,6 +15,9 @@ from flexheads.checkpoints.bundle import (
     SavedHead,
     SavedStaticHead,
 )
+from flexheads.checkpoints.hub.configs import hub_config, modern_config
+from flexheads.checkpoints.hub.heads import HeadNames, modern_head_config
+from flexheads.checkpoints.hub.methods import adapter_names
 from flexheads.checkpoints.store import read_json, read_tensors, write_json, write_tensors
 from flexheads.errors import CheckpointError
 
@@ -69,16 +69,9 @@ class AdapterHubFormat(Format):
     ) -> SavedAdapter:
         path = _require(directory, ADAPTER_WEIGHTS)
         name, config = _field(content, "name", directory), _field(content, "config", directory)
-        config = content.get("flexheads", {}).get("config") or hub_names.modern_config(content)
-        raw, old = read_tensors(path), content.get("version") is None
-        tensors: dict[str, Tensor] = {}
-        unexpected = []
-        for key, tensor in raw.items():
-            address = hub_names.adapter_address(key, name, config, layout, old=old)
-            if address is None:
-                unexpected.append(key)
-            elif address:
-                tensors[address] = tensor
+        config = content.get("flexheads", {}).get("config") or modern_config(content)
+        names = adapter_names(name, config, layout, old=content.get("version") is None)
+        tensors, unexpected = names.read(read_tensors(path))
         if unexpected:
             raise CheckpointError(
                 f"{path}: {len(unexpected)} tensors have no place in adapter {name!r} of a "
@@ -101,8 +94,8 @@ class AdapterHubFormat(Format):
                 problem_type=content.get("problem_type"),
             )
         name = _field(content, "name", directory)
-        config = content.get("flexheads", {}).get("config") or hub_names.modern_head_config(content)
-        names = hub_names.HeadNames(config)
+        config = content.get("flexheads", {}).get("config") or modern_head_config(content)
+        names = HeadNames(config)
         tensors, unexpected = {}, []
         for key, tensor in raw.items():
             address = names.address(key, name)
@@ -120,19 +113,15 @@ class AdapterHubFormat(Format):
     def write(self, bundle: Bundle, directory: Path, layout: Layout) -> None:
         adapter, head = bundle.adapter, bundle.head
         if adapter is not None:
-            config = hub_names.hub_config(adapter.config)
+            config = hub_config(adapter.config)
             content = _envelope(bundle.adapter_from, adapter.name, config)
             if config != dict(adapter.config):
                 content["flexheads"]["config"] = dict(adapter.config)
-            tensors = {
-                key: tensor
-                for address, tensor in adapter.tensors.items()
-                for key in hub_names.adapter_keys(address, adapter.name, adapter.config, layout)
-            }
+            tensors = adapter_names(adapter.name, adapter.config, layout).write(adapter.tensors)
             write_json(directory / ADAPTER_CONFIG, content)
             write_tensors(directory / ADAPTER_WEIGHTS[0], tensors)
         if isinstance(head, SavedHead):
-            names = hub_names.HeadNames(head.config)
+            names = HeadNames(head.config)
             content = _envelope(bundle.head_from, head.name, names.hub_config())
             content["flexheads"]["config"] = dict(head.config)
             tensors = {names.key(key, head.name): tensor for key, tensor in head.tensors.items()}

@@ -1,0 +1,87 @@
+"""Flexible heads in AdapterHub files: their keys and their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexheads.checkpoints.hub.configs import OLD_ACTIVATIONS
+
+
+def modern_head_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in a saved flexible head of any age, in the fields of today."""
+    config = dict(content["config"])
+    config.pop("shift_labels", None)
+    if config["head_type"] in ("masked_lm", "causal_lm"):
+        config.pop("label2id", None)
+    elif config.get("label2id"):
+        config["label2id"] = {name: int(number) for name, number in config["label2id"].items()}
+    if content.get("version") is None and config.get("activation_function"):
+        word = config["activation_function"]
+        config["activation_function"] = OLD_ACTIVATIONS.get(word, word)
+    return config
+
+
+class HeadNames:
+    """Keys of one flexible head: numbered modules of a sequence, of which few carry weights.
+
+    Args:
+        config: The head's configuration with its ``head_type``.
+    """
+
+    _EXTRA = ("problem_type", "tied")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.type: str = config["head_type"]
+        layers = int(config.get("layers") or 1)
+        acts = config.get("activation_function") is not None
+        self.words: dict[str, str] = {}
+        if self.type in ("masked_lm", "causal_lm"):
+            step = 1 + acts + bool(config.get("layer_norm"))
+            for layer in range(layers - 1):
+                self.words[f"layers.{layer}.dense"] = str(layer * step)
+                self.words[f"layers.{layer}.norm"] = str(layer * step + 1 + acts)
+            for parameter in ("weight", "bias"):
+                self.words[parameter] = f"{(layers - 1) * step}.{parameter}"
+        elif "layers" in config:
+            for layer in range(layers):
+                self.words[f"layers.{layer}"] = str(1 + layer * (2 + acts))
+
+    def key(self, address: str, name: str) -> str:
+        """The key in a file for the tensor at a logical address of the head."""
+        for own, word in self.words.items():
+            if address == own or address.startswith(f"{own}."):
+                return f"heads.{name}.{word}{address[len(own) :]}"
+        return f"heads.{name}.{address}"
+
+    def address(self, key: str, name: str) -> str | None:
+        """The logical address of a key in a file.
+
+        Returns:
+            The address; None for a key without a place; an empty string for one of another head.
+            Every release of the `adapters` library picks tensors by the beginning of the name, so
+            that its file of a head "a" holds a head "ab" of the same model too.
+        """
+        stem = f"heads.{name}."
+        if not key.startswith(stem):
+            return "" if key.startswith(stem[:-1]) else None
+        rest = key[len(stem) :]
+        for own, word in self.words.items():
+            if rest == word or rest.startswith(f"{word}."):
+                return own + rest[len(word) :]
+        return None if self.words else rest
+
+    def hub_config(self) -> dict[str, Any]:
+        """The configuration in fields that the `adapters` library knows."""
+        config = {key: value for key, value in self.config.items() if key not in self._EXTRA}
+        if self.type in ("masked_lm", "causal_lm"):
+            config |= {"shift_labels": self.type == "causal_lm", "label2id": None}
+            if self.type == "masked_lm":
+                config.pop("dropout_prob")
+        if self.config.get("problem_type") == "multi_label_classification":
+            config["head_type"] = "multilabel_classification"
+        if self.type == "multiple_choice" and config["num_choices"] is None:
+            # That library needs a number; where the input tells it, this one stays as it is.
+            config["num_choices"] = len(config["label2id"] or ()) or 2
+        return config

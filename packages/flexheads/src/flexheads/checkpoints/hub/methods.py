@@ -1,0 +1,22 @@
+"""Which translation of names each method has in AdapterHub files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flexheads.checkpoints.bundle import Layout
+from flexheads.checkpoints.hub.bottleneck import BottleneckNames
+from flexheads.checkpoints.hub.lora import LoRANames
+from flexheads.checkpoints.hub.names import AdapterNames
+
+_NAMES: dict[str | None, type[AdapterNames]] = {None: BottleneckNames, "lora": LoRANames}
+"""By the key ``"architecture"`` of a configuration; others are written under their own names."""
+
+
+def adapter_names(
+    name: str, config: Mapping[str, Any], layout: Layout, *, old: bool = False
+) -> AdapterNames:
+    """The translation for an adapter; see `AdapterNames` for the arguments."""
+    kind = _NAMES.get(config.get("architecture"), AdapterNames)
+    return kind(name, config, layout, old=old)

@@ -1,0 +1,116 @@
+"""Adapters in AdapterHub files: keys, and the logical addresses that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flexheads.checkpoints.bundle import Layout
+
+# Files of the first generation named the kind of adapter in the path.
+_FIRST_GENERATION = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
+}
+
+
+class AdapterNames:
+    """Translates the tensors of one adapter into those of a file, and back.
+
+    A key is the path of a site in the model, a word for the method (`infix`), the adapter's name,
+    and a suffix. Subclasses say how their method's suffixes read, or translate tensors of which a
+    file holds another form.
+
+    Args:
+        name: The adapter's name in the file.
+        config: Its configuration, as plain data.
+        layout: The model on the other side.
+        old: Whether the file is older than the third generation.
+    """
+
+    infix = "flexheads_adapters"
+    """The word between a site's path and the adapter's name."""
+
+    def __init__(
+        self, name: str, config: Mapping[str, Any], layout: Layout, *, old: bool = False
+    ) -> None:
+        self.name, self.config, self.layout, self.old = name, config, layout, old
+        self.prefix = f"{layout.prefix}." if layout.prefix else ""
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a file, by key.
+
+        Args:
+            tensors: The adapter's tensors by logical address.
+        """
+        return {key: t for address, t in tensors.items() for key in self.keys(address)}
+
+    def read(self, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The adapter's tensors by logical address, and the keys that have no place.
+
+        Args:
+            raw: The tensors of a file by key.
+        """
+        tensors, unexpected = {}, []
+        for key, tensor in raw.items():
+            address = self.address(key)
+            if address is None:
+                unexpected.append(key)
+            elif address:
+                tensors[address] = tensor
+        return tensors, unexpected
+
+    # --- one tensor -----------------------------------------------------------------------------
+
+    def keys(self, address: str) -> list[str]:
+        """The keys that hold the tensor at an address; some are written twice."""
+        if address.startswith("shared."):
+            return [f"{self.prefix}shared_parameters.{self.name}.{address.split('.', 2)[2]}"]
+        site = self.site(address)
+        stem = f"{self.prefix}{self.layout.paths[site]}.{self.infix}.{self.name}."
+        return [stem + word for word in self.suffixes(site, address[len(site) + 1 :])]
+
+    def address(self, key: str) -> str | None:
+        """The address of a key; empty where it repeats another, None where it has no place."""
+        key = self.modern(key)
+        stem = f"shared_parameters.{self.name}."
+        if key.startswith(stem):
+            return self.shared_address(key[len(stem) :])
+        for site, path in self.layout.paths.items():
+            stem = f"{path}.{self.infix}.{self.name}."
+            if key.startswith(stem):
+                suffix = self.own_suffix(site, key[len(stem) :])
+                if suffix is not None:
+                    return f"{site}.{suffix}" if suffix else suffix
+        return None
+
+    def suffixes(self, site: str, suffix: str) -> list[str]:
+        """What a file calls a part's tensor at a site."""
+        return [suffix]
+
+    def own_suffix(self, site: str, suffix: str) -> str | None:
+        """The inverse of `suffixes`; empty where it repeats another, None where it is unknown."""
+        return suffix
+
+    def shared_address(self, suffix: str) -> str | None:
+        """The address of a tensor that several sites share."""
+        return None
+
+    # --- for subclasses ---------------------------------------------------------------------------
+
+    def site(self, address: str) -> str:
+        """The site that a tensor's address belongs to."""
+        return next(site for site in self.layout.paths if address.startswith(f"{site}."))
+
+    def modern(self, key: str) -> str:
+        """A key without the backbone's prefix, in the words of the third generation."""
+        key = key.removeprefix(self.prefix)
+        if self.old:
+            for before, after in _FIRST_GENERATION.items():
+                key = key.replace(f"{before}.{self.name}.", f"{after}.{self.name}.")
+        return key

@@ -1,0 +1,78 @@
+"""The output site: a module whose result an adapter replaces, such as a norm or an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from flexheads.sites.base import AttachedSite, run_chains
+from flexheads.sites.rows import RowMap
+from flexheads.sites.runtime import Runtime
+
+
+class OutputPart(nn.Module):
+    """What an adapter has at an output site."""
+
+    def forward(self, given: Tensor, output: Tensor) -> Tensor:
+        """Changes a module's result.
+
+        Args:
+            given: What the module was given: ``(batch, sequence, hidden)``, or token ids
+                ``(batch, sequence)``.
+            output: Its result so far, ``(batch, sequence, hidden)``.
+
+        Returns:
+            The new result.
+        """
+        raise NotImplementedError
+
+
+class OutputOp(NamedTuple):
+    """What an output site does in one plan."""
+
+    chains: tuple[tuple[OutputPart, ...], ...]
+    rows: RowMap | None
+
+
+class AttachedOutput(AttachedSite):
+    """A module in a live model whose result adapters change; its parts are `OutputPart`.
+
+    Args:
+        kind: ``"norm"`` for a layer norm, ``"tokens"`` for the embedding of token ids.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        kind: str,
+        layer: int | None,
+        host: nn.Module,
+        width: int,
+        runtime: Runtime,
+    ) -> None:
+        super().__init__(address, kind, layer, host, width, runtime)
+        self.kind = kind
+
+    def needed(self, part: OutputPart) -> frozenset[str]:
+        return frozenset({"output"})
+
+    def register(self, hook: str) -> RemovableHandle:
+        return self.host.register_forward_hook(self._after, prepend=True)
+
+    def op(self, chains: Sequence[Sequence[OutputPart]], rows: RowMap | None) -> OutputOp:
+        return OutputOp(tuple(map(tuple, chains)), rows)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        op: OutputOp | None = self.planned()
+        if op is None:
+            return None
+        return run_chains(op.chains, op.rows, _run, args[0], output)
+
+
+def _run(parts: Sequence[OutputPart], given: Tensor, output: Tensor) -> Tensor:
+    for part in parts:
+        output = part(given, output)
+    return output
