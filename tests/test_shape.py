@@ -20,7 +20,7 @@ SOURCES = sorted(f for g in ("packages", "plugins") for f in (ROOT / g).glob("*/
 CORE_FILES = [file for file in SOURCES if CORE in file.parents]
 
 LAYERS = (
-    ("specs", "errors", "composition"),
+    ("specs", "errors", "composition", "routing"),
     ("hookspecs", "plugins"),
     ("plan",),
     ("sites",),
@@ -51,7 +51,7 @@ HOST = re.compile(
 )
 TICKET = re.compile(r"(?i)\b(?:issue|ticket|pull request)s? #?\d+\b|(?<![\w&#/])#\d{1,5}(?![\w-])")
 
-TORCH_FREE = ("specs", "errors", "composition", "hookspecs", "plugins")
+TORCH_FREE = ("specs", "errors", "composition", "routing", "hookspecs", "plugins")
 
 
 def ident(file: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexheads.composition import route
+from flexheads.routing import route
 
 from .cases import Case, block_of, model_for, run
 from .common import assert_close, assert_tensor_close, call, pick, read_config, tensors_of

@@ -13,10 +13,10 @@ from flexheads.composition import (
     Stack,
     from_json,
     parse_composition,
-    route,
     to_json,
 )
 from flexheads.errors import CompositionError
+from flexheads.routing import route
 
 BLOCKS = [
     Stack("a"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Union
 
 from flexheads.errors import CompositionError
@@ -55,7 +54,11 @@ class Block:
         return self.children[index]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.children))})"
+        return self._repr()
+
+    def _repr(self, **fields: object) -> str:
+        words = [*map(repr, self.children), *(f"{key}={value!r}" for key, value in fields.items())]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.children
@@ -75,6 +78,107 @@ class Stack(Block):
     """Adapters one after the other: ``Stack("language", "task")``."""
 
 
+class Fuse(Block):
+    """AdapterFusion: attention over what each adapter would add (arXiv:2005.00247).
+
+    Args:
+        children: The adapters; a Stack stands for its last adapter, behind the others.
+        name: The fusion's name; None is the names of the adapters, joined by commas.
+    """
+
+    __slots__ = ("name",)
+    name: str
+
+    def __init__(self, *children: Setup, name: str | None = None) -> None:
+        super().__init__(*children)
+        given = ",".join(self.members()) if name is None else name
+        object.__setattr__(self, "name", given)
+
+    def members(self) -> tuple[str, ...]:
+        """The adapters that are fused: each child, or the last adapter of a Stack.
+
+        Raises:
+            CompositionError: If a child is no name and no Stack of names.
+        """
+        return tuple(_last(child, self) for child in self.children)
+
+    def _state(self) -> tuple[object, ...]:
+        return self.children, self.name
+
+    def __repr__(self) -> str:
+        usual = ",".join(self.members())
+        return super().__repr__() if self.name == usual else self._repr(name=self.name)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.children, {"name": self.name})
+
+
+class Split(Block):
+    """Consecutive positions of the sequence go to consecutive branches.
+
+    Args:
+        children: The branches.
+        splits: Positions per branch: one number for all, or one for each.
+    """
+
+    __slots__ = ("splits",)
+    splits: tuple[int, ...]
+
+    def __init__(self, *children: Setup, splits: int | Sequence[int]) -> None:
+        super().__init__(*children)
+        object.__setattr__(self, "splits", _sizes(self, "splits", splits))
+
+    def _state(self) -> tuple[object, ...]:
+        return self.children, self.splits
+
+    def __repr__(self) -> str:
+        return self._repr(splits=list(self.splits))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.children, {"splits": self.splits})
+
+
+class Average(Block):
+    """The weighted mean of what the branches give.
+
+    Args:
+        children: The branches.
+        weights: A number for each; None weighs all alike.
+        normalize_weights: Divide the weights by their sum.
+    """
+
+    __slots__ = ("weights",)
+    weights: tuple[float, ...]
+
+    def __init__(
+        self,
+        *children: Setup,
+        weights: Sequence[float] | None = None,
+        normalize_weights: bool = True,
+    ) -> None:
+        super().__init__(*children)
+        given = [1.0] * len(children) if weights is None else [float(w) for w in weights]
+        if weights is None and not normalize_weights:
+            given = [1.0 / len(children)] * len(children)
+        if len(given) != len(children) or (normalize_weights and not sum(given)):
+            raise CompositionError(
+                f"Average has {len(children)} branches but weights={weights!r}; give one number "
+                "for each, with a sum that is not zero."
+            )
+        total = sum(given) if normalize_weights else 1.0
+        object.__setattr__(self, "weights", tuple(weight / total for weight in given))
+
+    def _state(self) -> tuple[object, ...]:
+        return self.children, self.weights
+
+    def __repr__(self) -> str:
+        return self._repr(weights=list(self.weights))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {"weights": self.weights, "normalize_weights": False}
+        return _rebuild, (type(self), self.children, fields)
+
+
 class Parallel(Block):
     """Every row of the batch goes through each branch; the outputs follow one another."""
 
@@ -92,22 +196,16 @@ class BatchSplit(Block):
 
     def __init__(self, *children: Setup, batch_sizes: int | Sequence[int]) -> None:
         super().__init__(*children)
-        sizes = [batch_sizes] * len(children) if isinstance(batch_sizes, int) else batch_sizes
-        if len(sizes) != len(children) or any(size < 0 for size in sizes):
-            raise CompositionError(
-                f"BatchSplit has {len(children)} branches but batch_sizes={batch_sizes!r}; "
-                "give one number, or one for each branch."
-            )
-        object.__setattr__(self, "batch_sizes", tuple(sizes))
+        object.__setattr__(self, "batch_sizes", _sizes(self, "batch_sizes", batch_sizes))
 
     def _state(self) -> tuple[object, ...]:
         return self.children, self.batch_sizes
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, batch_sizes={list(self.batch_sizes)})"
+        return self._repr(batch_sizes=list(self.batch_sizes))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild_batch_split, (self.children, self.batch_sizes)
+        return _rebuild, (type(self), self.children, {"batch_sizes": self.batch_sizes})
 
 
 class Rows(Block):
@@ -129,8 +227,30 @@ class Rows(Block):
         return type(self), (list(self.children),)
 
 
-def _rebuild_batch_split(children: tuple[Child, ...], sizes: tuple[int, ...]) -> BatchSplit:
-    return BatchSplit(*children, batch_sizes=sizes)
+def _rebuild(kind: type[Block], children: tuple[Child, ...], fields: dict[str, Any]) -> Block:
+    return kind(*children, **fields)
+
+
+def _sizes(block: Block, field: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """One size for each branch of a block."""
+    count = len(block.children)
+    each = [sizes] * count if isinstance(sizes, int) else list(sizes)
+    if len(each) != count or any(size < 0 for size in each):
+        raise CompositionError(
+            f"{type(block).__name__} has {count} branches but {field}={sizes!r}; "
+            "give one number, or one for each branch."
+        )
+    return tuple(each)
+
+
+def _last(child: Child, inside: Block) -> str:
+    if isinstance(child, str):
+        return child
+    if isinstance(child, Stack):
+        return _last(child.children[-1], inside)
+    raise CompositionError(
+        f"{child!r} cannot stand inside {type(inside).__name__}; a name or a Stack can."
+    )
 
 
 def parse_composition(setup: Setup) -> Block | None:
@@ -161,121 +281,8 @@ def parse_composition(setup: Setup) -> Block | None:
     raise CompositionError(f"A setup is a name, a list of names or a block, not {setup!r}.")
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Which rows of a batch follow which chain of adapters.
-
-    Attributes:
-        chains: The distinct ways through the model, each a sequence of adapter names.
-        repeat: How many times the rows of the input are repeated (by `Parallel`).
-        sizes: Consecutive rows per chain; None where the rows are shared out equally.
-        index: For each row the chain that it follows (from `Rows`), instead of `sizes`.
-    """
-
-    chains: tuple[tuple[str, ...], ...] = ((),)
-    repeat: int = 1
-    sizes: tuple[int, ...] | None = None
-    index: tuple[int, ...] | None = None
-
-    @property
-    def single(self) -> bool:
-        """Whether all rows follow one chain."""
-        return len(self.chains) == 1 and self.index is None
-
-    def rows(self, batch: int) -> tuple[list[int] | slice, ...]:
-        """The rows of each chain in a batch of `batch` rows (already repeated).
-
-        Raises:
-            CompositionError: If the batch does not have the rows that the setup names.
-        """
-        if self.index is not None:
-            if batch != len(self.index):
-                raise CompositionError(
-                    f"Rows names {len(self.index)} rows, but the batch has {batch}."
-                )
-            return tuple(
-                [row for row, chain in enumerate(self.index) if chain == number]
-                for number in range(len(self.chains))
-            )
-        sizes = self.sizes or (batch // len(self.chains),) * len(self.chains)
-        if sum(sizes) != batch:
-            raise CompositionError(
-                f"The setup shares out {sum(sizes)} rows as {list(sizes)}, but the batch "
-                f"has {batch}."
-            )
-        starts = [sum(sizes[:number]) for number in range(len(sizes))]
-        return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-
-
-def route(setup: Block | None) -> Routing:
-    """Resolves a composition into the chains that rows follow.
-
-    Raises:
-        CompositionError: Where a block stands in a place in which it has no meaning.
-    """
-    if setup is None:
-        return Routing()
-    if isinstance(setup, Rows):
-        chains: dict[tuple[str, ...], int] = {}
-        index = tuple(chains.setdefault(_chain(child, setup), len(chains)) for child in setup)
-        return Routing(tuple(chains), index=index)
-    return _route(setup)
-
-
-def _chain(child: Child, inside: Block) -> tuple[str, ...]:
-    if child is None:
-        return ()
-    if isinstance(child, str):
-        return (child,)
-    if isinstance(child, Stack):
-        return sum((_chain(c, child) for c in child), ())
-    raise CompositionError(f"{child!r} cannot stand inside {inside!r}; a name or a Stack can.")
-
-
-def _route(child: Child) -> Routing:
-    if isinstance(child, Stack):
-        return _route_stack(child)
-    if isinstance(child, Parallel):
-        branches = [_route(c) for c in child]
-        if any(b.repeat > 1 for b in branches) or len({b.sizes is None for b in branches}) > 1:
-            raise CompositionError(
-                f"{child!r}: a branch of Parallel is a name, a Stack, or each a BatchSplit."
-            )
-        sizes = None if branches[0].sizes is None else sum((b.sizes or () for b in branches), ())
-        return Routing(sum((b.chains for b in branches), ()), len(branches), sizes)
-    if isinstance(child, BatchSplit):
-        return _route_batch_split(child)
-    if isinstance(child, Block):
-        raise CompositionError(f"{child!r} cannot stand inside another block.")
-    return Routing((_chain(child, Stack("")),))
-
-
-def _route_stack(stack: Stack) -> Routing:
-    parts = [_route(child) for child in stack]
-    several = [part for part in parts if not part.single]
-    if len(several) > 1:
-        raise CompositionError(f"{stack!r}: a Stack can hold one block that splits rows, not more.")
-    shape = several[0] if several else parts[0]
-    chains = tuple(
-        sum((part.chains[number if part is shape else 0] for part in parts), ())
-        for number in range(len(shape.chains))
-    )
-    return Routing(chains, shape.repeat, shape.sizes)
-
-
-def _route_batch_split(block: BatchSplit) -> Routing:
-    chains: list[tuple[str, ...]] = []
-    sizes: list[int] = []
-    for child, size in zip(block, block.batch_sizes, strict=True):
-        part = _route(child)
-        if part.repeat > 1:
-            raise CompositionError(f"{block!r}: Parallel cannot stand inside BatchSplit.")
-        inner = part.sizes or (size,)
-        if sum(inner) != size:
-            raise CompositionError(f"{block!r}: {child!r} shares out {sum(inner)} of {size} rows.")
-        chains += part.chains
-        sizes += inner
-    return Routing(tuple(chains), sizes=tuple(sizes))
+_FIELDS = {"BatchSplit": "batch_sizes", "Split": "splits", "Average": "weights", "Fuse": "name"}
+"""What a block has beside its children."""
 
 
 def to_json(setup: Block | None) -> Any:
@@ -286,8 +293,10 @@ def to_json(setup: Block | None) -> Any:
         "type": type(setup).__name__,
         "children": [to_json(child) if isinstance(child, Block) else child for child in setup],
     }
-    if isinstance(setup, BatchSplit):
-        described["batch_sizes"] = list(setup.batch_sizes)
+    field = _FIELDS.get(type(setup).__name__)
+    if field is not None:
+        value = getattr(setup, field)
+        described[field] = list(value) if isinstance(value, tuple) else value
     return described
 
 
@@ -305,11 +314,13 @@ def from_json(described: Any) -> Block | None:
     children = [from_json(c) if isinstance(c, dict) else c for c in described["children"]]
     if kind is Rows:
         return Rows(children)
-    if kind is BatchSplit:
-        return BatchSplit(*children, batch_sizes=described["batch_sizes"])
-    return kind(*children)
+    field = _FIELDS.get(described["type"])
+    fields = {} if field is None else {field: described[field]}
+    if kind is Average:
+        fields["normalize_weights"] = False
+    return _rebuild(kind, tuple(children), fields)
 
 
 BLOCKS: dict[str, type[Block]] = {
-    block.__name__: block for block in (Stack, Parallel, BatchSplit, Rows)
+    block.__name__: block for block in (Stack, Fuse, Split, Average, Parallel, BatchSplit, Rows)
 }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexheads.composition import Block, Routing
+from flexheads.composition import Block
+from flexheads.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,11 @@ class Plan:
         routing: The rows that follow each chain.
         heads: The heads that run, in the order of their outputs.
         ops: For each site that takes part, by its logical address, what it does.
+        skip_layers: Numbers of layers in which nothing acts.
     """
 
     setup: Block | None = None
     routing: Routing = field(default_factory=Routing)
     heads: tuple[HeadRoute, ...] = ()
     ops: Mapping[str, Any] = field(default_factory=dict)
+    skip_layers: tuple[int, ...] = ()

@@ -227,6 +227,7 @@ class Bottleneck(ResidualPart):
             config.ln_after and config.adapter_residual_before_ln and not config.is_parallel
         )
         self.replaces_norm = not config.original_ln_after
+        self.sees = "r" if config.is_parallel else "normed" if config.original_ln_before else "x"
         self.needs = self._needs()
         self._initialise()
 
@@ -257,49 +258,49 @@ class Bottleneck(ResidualPart):
             for linear in linears:
                 nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
 
-    def delta(self, hidden: Tensor) -> Tensor:
-        """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
+    def enter(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """What it looks at, and what it adds to (None for the sub-layer's result)."""
+        total: Any
+        total, x, r, norm = stream  # those in `needs` are there
+        config = self.config
+        if config.is_parallel:
+            return r, None  # type: ignore[return-value]
+        if not config.original_ln_before:
+            return x, None  # type: ignore[return-value]
+        hidden: Tensor = total if norm is None else norm(total)
+        if config.residual_before_ln is True:
+            return hidden, None
+        return hidden, total if config.residual_before_ln == "post_add" else hidden
+
+    def fused(self, hidden: Tensor) -> Tensor:
+        """The scaled output, without dropout, gate and norm: what AdapterFusion attends to."""
         config = self.config
         inner = hidden if self.norm_before is None else self.norm_before(hidden)
-        delta: Tensor = self.up(self.activation(self.down(inner)))
+        up: Tensor = self.up(self.activation(self.down(inner)))
         if self.training and config.stochastic_depth > 0.0:
-            delta = _drop_rows(delta, config.stochastic_depth)
-        if config.scaling != 1:
-            delta = delta * self.scaling
-        delta = self.dropout(delta)
+            up = _drop_rows(up, config.stochastic_depth)
+        return up * self.scaling if config.scaling != 1 else up
+
+    def delta(self, hidden: Tensor) -> Tensor:
+        """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
+        delta: Tensor = self.dropout(self.fused(hidden))
         if self.gate is not None:
             delta = delta * torch.sigmoid(self.gate(hidden)).mean(dim=1).unsqueeze(-1)
         return delta
 
     def forward(self, stream: Stream) -> Stream:
         """Adapts the residual stream; see `flexheads.sites.residual.Stream`."""
-        total: Any
-        x: Any
-        r: Any
-        total, x, r, norm = stream  # those in `needs` are there
-        skip = None  # None: the skip starts at x
-        config = self.config
-        if config.is_parallel:
-            hidden = r
-        elif config.original_ln_before:
-            hidden = total if norm is None else norm(total)
-            if config.residual_before_ln is not True:
-                skip = total if config.residual_before_ln == "post_add" else hidden
-        else:
-            hidden = x
+        hidden, skip = self.enter(stream)
         delta = self.delta(hidden)
+        x: Any = stream.x if skip is None else skip
         if self.skips_inside:
-            delta = delta + (x if skip is None else skip)
+            delta = delta + x
         if self.norm_after is not None:
             delta = self.norm_after(delta)
         if self.skips_inside:
-            return Stream(delta + r, delta, r, norm)
-        if skip is None:
-            return Stream(
-                None if total is None else total + delta, None if x is None else x + delta, r, norm
-            )
-        x = delta + skip
-        return Stream(x + r, x, r, norm)
+            r: Any = stream.r
+            return Stream(delta + r, delta, r, stream.norm)
+        return stream.add(delta, skip)
 
 
 class BottleneckMethod(AdapterMethod):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
 from flexheads.checkpoints.transfer import fill
-from flexheads.composition import Block, Setup, route
+from flexheads.composition import Block, Setup
 from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
@@ -18,6 +18,7 @@ from flexheads.models.container import NamedModules
 from flexheads.models.files import SavingMixin, reading
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry, resolve
+from flexheads.routing import route, step_name
 from flexheads.sites.base import place
 
 
@@ -144,7 +145,8 @@ class HeadsMixin(SavingMixin):
         for name in () if block is None else block.names():
             self.get_adapter(name)
         routing = route(block)
-        named = {number: chain[-1] for number, chain in enumerate(routing.chains) if chain}
+        ends = {number: chain[-1] for number, chain in enumerate(routing.chains) if chain}
+        named = {number: step_name(step) for number, step in ends.items()}
         found = {number: name for number, name in named.items() if name in self.heads}
         everywhere = tuple(r for r in current if r.chain is None)
         if not found:

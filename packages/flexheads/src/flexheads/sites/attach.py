@@ -9,12 +9,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from flexheads.composition import Block, route
+from flexheads.composition import Block, Fuse
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.plan import HeadRoute, Plan
+from flexheads.routing import Chain, chain_of, route
 from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import CALL, AttachedSite, compiled
 from flexheads.sites.call import CallInputs
+from flexheads.sites.combine import combine
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.hidden import AttachedHidden
 from flexheads.sites.linear import AttachedLinear
@@ -215,6 +217,8 @@ class Attachment:
         setup: Block | None,
         adapters: Mapping[str, Mapping[str, nn.Module]],
         heads: tuple[HeadRoute, ...] = (),
+        fusions: Mapping[str, Mapping[str, nn.Module]] | None = None,
+        skip_layers: Sequence[int] = (),
     ) -> Plan:
         """The plan for a setup.
 
@@ -222,18 +226,43 @@ class Attachment:
             setup: The composition.
             adapters: The parts of every adapter that the setup names, by address.
             heads: The heads that run.
+            fusions: The parts of every AdapterFusion that the setup names, by address.
+            skip_layers: Numbers of layers in which nothing acts.
+
+        Raises:
+            CompositionError: If a block has no meaning for the adapters inside.
         """
         routing = route(setup)
         rows = None if routing.single else RowMap(routing)
         ops = {}
         for address in dict.fromkeys(a for name in adapters for a in adapters[name]):
-            chains: Sequence[Sequence[nn.Module]] = [
-                [adapters[name][address] for name in chain if address in adapters[name]]
-                for chain in routing.chains
-            ]
+            site = self.sites[address]
+            if site.layer is not None and site.layer in skip_layers:
+                continue
+            chains = [self._assemble(c, site, adapters, fusions or {}) for c in routing.chains]
             if any(chains):
-                ops[address] = self.sites[address].op(chains, rows)
-        return Plan(setup, routing, heads, ops)
+                ops[address] = site.op(chains, rows)
+        return Plan(setup, routing, heads, ops, tuple(skip_layers))
+
+    def _assemble(
+        self,
+        chain: Chain,
+        site: AttachedSite,
+        adapters: Mapping[str, Mapping[str, nn.Module]],
+        fusions: Mapping[str, Mapping[str, nn.Module]],
+    ) -> list[Any]:
+        """The parts of a chain at one site, in order."""
+        parts: list[Any] = []
+        for step in chain:
+            if isinstance(step, str):
+                if site.address in adapters[step]:
+                    parts.append(adapters[step][site.address])
+                continue
+            branches = [self._assemble(chain_of(child), site, adapters, fusions) for child in step]
+            if any(branches):
+                own = fusions.get(step.name, {}) if isinstance(step, Fuse) else {}
+                parts.append(combine(site, step, branches, own.get(site.address)))
+        return parts
 
 
 def _first(path: Path) -> str:

@@ -32,21 +32,45 @@ class Stream(NamedTuple):
     r: Tensor | None
     norm: Callable[[Tensor], Tensor] | None
 
+    def add(self, delta: Tensor, skip: Tensor | None) -> Stream:
+        """The stream with something added.
+
+        Args:
+            delta: What is added.
+            skip: What it is added to; None is `x`.
+        """
+        total, x, r, norm = self
+        if skip is None:
+            total = None if total is None else total + delta
+            return Stream(total, None if x is None else x + delta, r, norm)
+        x = delta + skip
+        return Stream(None if r is None else x + r, x, r, norm)
+
 
 class ResidualPart(nn.Module):
     """What an adapter has at a residual site.
 
     Attributes:
         needs: Which of ``total``, ``x`` and ``r`` it reads.
+        sees: What `enter` gives: ``"x"``, ``"r"``, or ``"normed"`` for the layer's own result.
         replaces_norm: Whether its `x` is the layer's result, without the layer's own addition and
             norm; counts for the last part of a chain.
     """
 
     needs: frozenset[str]
+    sees: str
     replaces_norm: bool
 
     def forward(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
+        raise NotImplementedError
+
+    def enter(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
+        """What it looks at, and what it adds to (None for `x`); AdapterFusion asks for both."""
+        raise NotImplementedError
+
+    def fused(self, hidden: Tensor) -> Tensor:
+        """What AdapterFusion attends to, from what `enter` gives; the same shape."""
         raise NotImplementedError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexheads.composition import Routing
+from flexheads.routing import Routing
 
 
 class RowMap:
