@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from transformers import PretrainedConfig
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
-from flexheads.methods.config import AdapterConfig
+from flexheads.methods.base import AdapterMethod, check_layers, seeded
+from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.invertible import build_coupling
+from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.residual import ResidualPart, Stream
 
@@ -24,177 +24,6 @@ _ROLES = {
     "cross_adapter": "cross_attention",
     "output_adapter": "feed_forward",
 }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BnConfig(AdapterConfig):
-    """Base configuration of the bottleneck family (Houlsby et al. 2019, arXiv:1902.00751).
-
-    Attributes:
-        mh_adapter: Adapt behind the self-attention of each layer.
-        output_adapter: Adapt behind the feed-forward network of each layer.
-        reduction_factor: Hidden size over bottleneck size, or a map from layer number to it, with
-            ``"default"`` for layers that it does not name.
-        non_linearity: Activation inside the bottleneck.
-        original_ln_before: Apply the layer's own residual and layer norm before the adapter.
-        original_ln_after: Apply them after it.
-        ln_before, ln_after: New layer norms before and after the bottleneck.
-        init_weights: ``"bert"`` (normal, 0.02), ``"mam_adapter"`` (up-projection zero) or
-            ``"houlsby"`` (truncated normal, 0.01).
-        init_weights_seed: Seed for each part; all parts of one shape are then equal.
-        is_parallel: Feed the adapter with the layer's residual (He et al. 2021, arXiv:2110.04366).
-        scaling: Factor on the output: a number, or ``"learned"``, or ``"channel"``.
-        use_gating: Multiply by a learned gate, averaged over the sequence (UniPELT).
-        residual_before_ln: Where the skip around the adapter starts: before the layer norm (True),
-            behind it (False), or behind the layer's own residual (``"post_add"``).
-        adapter_residual_before_ln: Add that skip before `ln_after` instead of behind it.
-        inv_adapter: ``"nice"`` or ``"glow"`` for an invertible adapter behind the embeddings.
-        inv_adapter_reduction_factor: Reduction inside the invertible adapter.
-        cross_adapter: Adapt behind the cross-attention of decoder layers.
-        leave_out: Numbers of the layers that get no adapter.
-        dropout: Dropout on the output.
-        stochastic_depth: Probability of dropping a row's adapter output in training.
-    """
-
-    mh_adapter: bool
-    output_adapter: bool
-    reduction_factor: float | Mapping[str, float]
-    non_linearity: str
-    original_ln_before: bool = False
-    original_ln_after: bool = True
-    ln_before: bool = False
-    ln_after: bool = False
-    init_weights: str = "bert"
-    init_weights_seed: int | None = None
-    is_parallel: bool = False
-    scaling: float | Literal["learned", "channel"] = 1.0
-    use_gating: bool = False
-    residual_before_ln: bool | Literal["post_add"] = True
-    adapter_residual_before_ln: bool = False
-    inv_adapter: Literal["nice", "glow"] | None = None
-    inv_adapter_reduction_factor: float | None = None
-    cross_adapter: bool = False
-    leave_out: Sequence[int] = ()
-    dropout: float = 0.0
-    phm_layer: bool = False
-    phm_dim: int = 4
-    factorized_phm_W: bool = True
-    shared_W_phm: bool = False
-    shared_phm_rule: bool = True
-    factorized_phm_rule: bool = False
-    phm_c_init: str = "normal"
-    phm_init_range: float = 0.0001
-    learn_phm: bool = True
-    hypercomplex_nonlinearity: str = "glorot-uniform"
-    phm_rank: int = 1
-    phm_bias: bool = True
-    stochastic_depth: float = 0.0
-
-    def __post_init__(self) -> None:
-        check = {
-            "init_weights": self.init_weights in ("bert", "mam_adapter", "houlsby"),
-            "scaling": self.scaling in ("learned", "channel") or _is_number(self.scaling),
-            "residual_before_ln": self.residual_before_ln in (True, False, "post_add"),
-            "inv_adapter": self.inv_adapter in (None, "nice", "glow"),
-            "dropout": 0.0 <= self.dropout < 1.0,
-            "stochastic_depth": 0.0 <= self.stochastic_depth < 1.0,
-        }
-        if wrong := [name for name, right in check.items() if not right]:
-            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
-            raise ConfigError(f"{type(self).__name__}: {values} is not a legal value.")
-        has_skip = self.residual_before_ln == "post_add" and not self.is_parallel
-        if has_skip and not self.original_ln_before:
-            raise ConfigError(
-                f'{type(self).__name__}: residual_before_ln="post_add" takes the skip behind the '
-                "layer's residual, which needs original_ln_before=True."
-            )
-
-    def factor(self, layer: int) -> float:
-        """The reduction factor of one layer.
-
-        Raises:
-            ConfigError: If the map has none for it, or the number is not positive.
-        """
-        factor: Any = self.reduction_factor
-        if isinstance(factor, Mapping):
-            named = {str(key): value for key, value in factor.items()}
-            factor = named.get(str(layer), named.get("default"))
-            if factor is None:
-                raise ConfigError(
-                    f"reduction_factor={dict(named)} has no value for layer {layer}; add one, or "
-                    'a "default".'
-                )
-        if not _is_number(factor) or factor <= 0:
-            raise ConfigError(f"reduction_factor={factor!r} must be a positive number.")
-        return float(factor)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SeqBnConfig(BnConfig):
-    """One adapter a layer, behind the feed-forward network (Pfeiffer et al. 2020)."""
-
-    original_ln_before: bool = True
-    residual_before_ln: bool | Literal["post_add"] = True
-    mh_adapter: bool = False
-    output_adapter: bool = True
-    non_linearity: str = "relu"
-    reduction_factor: float | Mapping[str, float] = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DoubleSeqBnConfig(BnConfig):
-    """Two adapters a layer, behind attention and feed-forward network (Houlsby et al. 2019)."""
-
-    original_ln_before: bool = False
-    mh_adapter: bool = True
-    output_adapter: bool = True
-    non_linearity: str = "swish"
-    reduction_factor: float | Mapping[str, float] = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ParBnConfig(BnConfig):
-    """An adapter parallel to the feed-forward network (He et al. 2021, arXiv:2110.04366)."""
-
-    mh_adapter: bool = False
-    output_adapter: bool = True
-    non_linearity: str = "relu"
-    reduction_factor: float | Mapping[str, float] = 2
-    init_weights: str = "mam_adapter"
-    is_parallel: bool = True
-    scaling: float | Literal["learned", "channel"] = 4.0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SeqBnInvConfig(SeqBnConfig):
-    """`SeqBnConfig` with an invertible adapter behind the embeddings (MAD-X, arXiv:2005.00052)."""
-
-    inv_adapter: Literal["nice", "glow"] | None = "nice"
-    inv_adapter_reduction_factor: float | None = 2
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DoubleSeqBnInvConfig(DoubleSeqBnConfig):
-    """`DoubleSeqBnConfig` with an invertible adapter behind the embeddings."""
-
-    inv_adapter: Literal["nice", "glow"] | None = "nice"
-    inv_adapter_reduction_factor: float | None = 2
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AdapterPlusConfig(BnConfig):
-    """Adapter+ (Steitz and Roth 2024, arXiv:2406.06820)."""
-
-    original_ln_after: bool = False
-    original_ln_before: bool = True
-    residual_before_ln: bool | Literal["post_add"] = False
-    stochastic_depth: float = 0.1
-    init_weights: str = "houlsby"
-    scaling: float | Literal["learned", "channel"] = "channel"
-    mh_adapter: bool = False
-    output_adapter: bool = True
-    reduction_factor: float | Mapping[str, float] = 96
-    non_linearity: str = "gelu"
 
 
 class Bottleneck(ResidualPart):
@@ -206,15 +35,17 @@ class Bottleneck(ResidualPart):
         width: Hidden size of the model.
         size: Size of the bottleneck.
         config: The adapter's configuration.
+        shared: What its hypercomplex layers share with those of other sites, or None.
     """
 
-    def __init__(self, width: int, size: int, config: BnConfig) -> None:
+    def __init__(
+        self, width: int, size: int, config: BnConfig, shared: SharedPhm | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.norm_before = nn.LayerNorm(width) if config.ln_before else None
-        self.down = nn.Linear(width, size)
+        self.down, self.up = _projections(width, size, config, shared)
         self.activation = activation(config.non_linearity) or nn.Identity()
-        self.up = nn.Linear(size, width)
         self.norm_after = nn.LayerNorm(width) if config.ln_after else None
         self.gate = nn.Linear(width, 1) if config.use_gating else None
         self.dropout = nn.Dropout(config.dropout)
@@ -245,18 +76,20 @@ class Bottleneck(ResidualPart):
         return frozenset(needs)
 
     def _initialise(self) -> None:
-        kind, linears = self.config.init_weights, [self.down, self.up]
-        for linear in (
-            [*linears, self.gate] if self.gate is not None and kind != "houlsby" else linears
-        ):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        kind = self.config.init_weights
+        if self.gate is not None and kind != "houlsby":
+            nn.init.normal_(self.gate.weight, std=0.02)
+            nn.init.zeros_(self.gate.bias)
+        if not isinstance(self.down, nn.Linear) or not isinstance(self.up, nn.Linear):
+            return  # hypercomplex layers draw their own
         if kind == "mam_adapter":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-            nn.init.zeros_(self.up.weight)
         elif kind == "houlsby":
-            for linear in linears:
-                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.trunc_normal_(self.down.weight, std=0.01, a=-0.02, b=0.02)
+        else:
+            nn.init.normal_(self.down.weight, std=0.02)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
 
     def enter(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """What it looks at, and what it adds to (None for the sub-layer's result)."""
@@ -312,29 +145,64 @@ class BottleneckMethod(AdapterMethod):
         self, sites: Mapping[str, AttachedSite], model_config: PretrainedConfig
     ) -> dict[str, nn.Module]:
         config = self.config
-        if config.phm_layer:
-            raise UnsupportedError(
-                "phm_layer=True (compacter) is not available in this version of flexheads."
-            )
-        check_leave_out(config.leave_out, sites)
+        check_layers("leave_out", config.leave_out, sites)
+        if isinstance(config.reduction_factor, Mapping):
+            named = [key for key in config.reduction_factor if key != "default"]
+            check_layers("reduction_factor", named, sites)
         parts: dict[str, nn.Module] = {}
         if config.inv_adapter is not None:
             parts |= build_coupling(sites, config)
-        roles = [role for field, role in _ROLES.items() if getattr(config, field)]
-        for role in roles:
-            taken = [s for s in sites.values() if s.role == role and s.kind == "residual"]
-            if not taken and role != "cross_attention":
-                raise UnsupportedError(f"This architecture has no {role} site for a bottleneck.")
-            for site in taken:
-                if site.layer not in config.leave_out:
-                    parts[site.address] = self._build_part(site)
+        sizes = {
+            site.address: self._size(site)
+            for role in (role for field, role in _ROLES.items() if getattr(config, field))
+            for site in self._sites_of(role, sites)
+            if site.layer not in config.leave_out
+        }
+        shared = None
+        if config.phm_layer and sizes:
+            check_phm(config, {(sites[address].width, size) for address, size in sizes.items()})
+            with seeded(config.init_weights_seed):
+                shared = SharedPhm(*next((sites[a].width, n) for a, n in sizes.items()), config)
+        for address, size in sizes.items():
+            with seeded(config.init_weights_seed):
+                parts[address] = Bottleneck(sites[address].width, size, config, shared)
+        if shared is not None and shared.state_dict():
+            parts["shared.phm"] = shared
         return parts
 
-    def _build_part(self, site: AttachedSite) -> nn.Module:
+    def _sites_of(self, role: str, sites: Mapping[str, AttachedSite]) -> list[AttachedSite]:
+        taken = [s for s in sites.values() if s.role == role and s.kind == "residual"]
+        if not taken and role != "cross_attention":
+            raise UnsupportedError(f"This architecture has no {role} site for a bottleneck.")
+        return taken
+
+    def _size(self, site: AttachedSite) -> int:
+        """The size of the bottleneck at a site.
+
+        Raises:
+            ConfigError: If nothing would be left of it.
+        """
         assert site.layer is not None
-        size = max(1, int(site.width / self.config.factor(site.layer)))
-        with seeded(self.config.init_weights_seed):
-            return Bottleneck(site.width, size, self.config)
+        factor = self.config.factor(site.layer)
+        size = int(site.width / factor)
+        if size < 1:
+            raise ConfigError(
+                f"reduction_factor={factor:g} leaves nothing of the hidden size {site.width} at "
+                f"{site.address}; it must not be larger than the hidden size."
+            )
+        return size
+
+
+def _projections(
+    width: int, size: int, config: BnConfig, shared: SharedPhm | None
+) -> tuple[nn.Module, nn.Module]:
+    """The down-projection and the up-projection."""
+    if not config.phm_layer:
+        return nn.Linear(width, size), nn.Linear(size, width)
+    return (
+        PhmLinear(width, size, "down", config, shared),
+        PhmLinear(size, width, "up", config, shared),
+    )
 
 
 def _drop_rows(tensor: Tensor, probability: float) -> Tensor:
@@ -342,7 +210,3 @@ def _drop_rows(tensor: Tensor, probability: float) -> Tensor:
     shape = (tensor.shape[0],) + (1,) * (tensor.dim() - 1)
     keep = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     return tensor * keep.bernoulli_(1.0 - probability).div_(1.0 - probability)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,34 +1,201 @@
-"""What the backbone is called with, for sites that act on some positions only."""
+"""What the backbone is called with, and which of its tokens are the first and the last."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import CALL
+from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
+from flexheads.specs import LayerSpec, Side
 
 
 class CallInputs:
-    """Notes the backbone's arguments by name; sites read them with ``runtime.peek(CALL)``.
+    """Notes arguments by name; sites read them with ``runtime.peek(CALL)``.
+
+    The hook `CALL` notes those of the backbone. The hook ``CALL.<side>`` notes those of one side of
+    an encoder-decoder under its own name, because generation calls an encoder by itself. Beside
+    the arguments stands ``past_length``, how many positions a cache held when the call began.
 
     Args:
         runtime: Where they are put.
         backbone: The backbone.
+        layers: The backbone's stacks of layers.
     """
 
-    def __init__(self, runtime: Runtime, backbone: nn.Module) -> None:
-        self.runtime, self.backbone = runtime, backbone
-        self.names = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
+    def __init__(
+        self, runtime: Runtime, backbone: nn.Module, layers: tuple[LayerSpec, ...] = ()
+    ) -> None:
+        self.runtime, self.backbone, self.layers = runtime, backbone, layers
 
     def register(self, hook: str) -> RemovableHandle:
         """Registers the hook."""
-        return self.backbone.register_forward_pre_hook(self._note, with_kwargs=True)
+        side = hook.partition(".")[2]
+        host = self._holder(side) if side else self.backbone
+        note = _Note(self.runtime, hook, host)
+        return host.register_forward_pre_hook(note.take, with_kwargs=True)
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.runtime.current().ops:
-            self.runtime.put(CALL, {**dict(zip(self.names, args, strict=False)), **kwargs})
+    def _holder(self, side: str) -> nn.Module:
+        """The module that holds the layers of a side and is called with their inputs."""
+        paths = next(layers.path for layers in self.layers if layers.side == side)
+        for path in (paths,) if isinstance(paths, str) else paths:
+            try:
+                self.backbone.get_submodule(path)
+            except AttributeError:
+                continue
+            return self.backbone.get_submodule(path.rpartition(".")[0])
+        raise AssertionError(f"The sites of the {side} were found, but not its layers.")
+
+
+class _Note:
+    """One hook of `CallInputs`."""
+
+    def __init__(self, runtime: Runtime, name: str, host: nn.Module) -> None:
+        self.runtime, self.name = runtime, name
+        self.names = tuple(inspect.signature(type(host).forward).parameters)[1:]
+
+    def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not self.runtime.current().ops:
+            return
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given["past_length"] = past_length(given.get("past_key_values"))
+        if self.name != CALL:
+            given = {**(self.runtime.peek(CALL) or {}), self.name: given}
+        self.runtime.put(CALL, given)
+
+
+def past_length(cache: Any) -> int | Tensor:
+    """How many positions a cache of keys and values holds."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        length: int | Tensor = cache.get_seq_length()
+        return length
+    return int(cache[0][0].shape[-2]) if cache and cache[0] is not None else 0
+
+
+class Tokens:
+    """The tokens of one call, for what acts on the first or the last of each row.
+
+    Tokens are the positions of the attention mask that are not padding, on whichever side that is.
+    They are counted over the whole sequence: with a cache, the first ones may be past. The last
+    ones are those of the call that starts a sequence; a call that goes on from a cache has none, so
+    that generated tokens never become the last ones of a prompt.
+
+    Args:
+        mask: The attention mask in any form that transformers takes, or None.
+        past: How many positions the cache held when the call began.
+    """
+
+    def __init__(self, mask: Any, past: int | Tensor = 0) -> None:
+        self.real, self.past = _real(mask), past
+        self._found: dict[Hashable, Any] = {}
+
+    def edges(self, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Where the first and the last tokens of each row are.
+
+        Args:
+            hidden: Hidden states ``(batch, sequence, ...)`` of these tokens.
+            first: How many of the first.
+            last: How many of the last.
+
+        Returns:
+            The columns ``(batch, first + last)``, and whether each is a token of that row in this
+            call. No token comes twice: where a row is short, the last ones win. Where a call goes
+            on from a cache, the columns for the last ones are left out.
+        """
+        key = (first, last, *hidden.shape[:2], hidden.device)
+        return self._once(key, lambda: self._edges(hidden, first, last))  # type: ignore[no-any-return]
+
+    def split(self, rows: RowMap) -> list[Tokens]:
+        """The tokens of the rows of each chain."""
+        return self._once(rows, lambda: self._split(rows))  # type: ignore[no-any-return]
+
+    def _once(self, key: Hashable, find: Any) -> Any:
+        if torch.compiler.is_compiling():  # compilers find equal work by themselves
+            return find()
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
+
+    def _split(self, rows: RowMap) -> list[Tokens]:
+        if self.real is None:
+            return [self] * len(rows.routing.chains)
+        return [Tokens(own, self.past) for own in rows.split(self.real)]
+
+    def _edges(self, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        batch, length = hidden.shape[:2]
+        past, device = self.past, hidden.device
+        if isinstance(past, int) and past > 0:
+            last = 0
+        heads = torch.arange(first, device=device).expand(batch, -1)
+        tails = torch.arange(-last, 0, device=device).expand(batch, -1)
+        real = self._aligned(length)
+        count: Any
+        if real is None:
+            count = past + length
+            ranks = columns = torch.cat([heads, count + tails], dim=1)
+        else:
+            seen = real.to(device).expand(batch, -1).cumsum(dim=1)
+            count = seen[:, -1:]
+            ranks = torch.cat([heads, count + tails], dim=1)
+            columns = (seen.unsqueeze(1) <= ranks.unsqueeze(2)).sum(dim=2)
+        starts: Any = past == 0
+        single = (heads < count - last) | (not starts if isinstance(starts, bool) else ~starts)
+        fits = torch.cat([single, (tails + count >= 0) & starts], dim=1) & (ranks < count)
+        columns = columns - past
+        fits = fits & (columns >= 0) & (columns < length)
+        return columns.clamp(0, length - 1), fits
+
+    def _aligned(self, length: int) -> Tensor | None:
+        """Which positions are tokens, past ones included."""
+        real, past = self.real, self.past
+        if real is None or not isinstance(past, int):
+            return real
+        missing = past + length - real.shape[-1]
+        if missing <= 0:
+            return real
+        # Without those in the cache, or without virtual tokens in front, which are none of these.
+        return functional.pad(real, (missing, 0), value=past > 0 and real.shape[-1] == length)
+
+
+def tokens_of(call: Any, side: Side | None) -> Tokens:
+    """The tokens of one side in what `CallInputs` has noted; all positions where that is nothing.
+
+    Args:
+        call: What it has noted, or None.
+        side: The side of an encoder-decoder; None where there is only one.
+    """
+    given = call if side is None or call is None else call.get(f"{CALL}.{side}")
+    if given is None:
+        return Tokens(None)
+    known: Tokens | None = given.get("tokens")
+    if known is None:
+        known = Tokens(given.get("attention_mask"), given["past_length"])
+        if not torch.compiler.is_compiling():
+            given["tokens"] = known
+    return known
+
+
+def _real(mask: Any) -> Tensor | None:
+    """Which positions are tokens: ``(batch, sequence)`` of booleans; None for all.
+
+    Masks that transformers has prepared already, ``(batch, 1, queries, keys)``, tell it by what the
+    last query sees.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    added = mask.dim() > 2 and mask.is_floating_point()
+    while mask.dim() > 2:
+        mask = mask[:, -1]
+    real: Tensor = mask == 0 if added else mask != 0
+    return real

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.sites.base import AttachedSite, first_tensor, run_chains
+from flexheads.sites.base import CALL, AttachedSite, first_tensor
+from flexheads.sites.call import Tokens, tokens_of
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import Side
@@ -17,8 +18,13 @@ from flexheads.specs import Side
 class HiddenPart(nn.Module):
     """What an adapter has at a hidden site."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Changes a layer's result, ``(batch, sequence, hidden)``."""
+    def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Changes a layer's result.
+
+        Args:
+            hidden: ``(batch, sequence, hidden)``.
+            tokens: Where the first and the last tokens of each row are.
+        """
         raise NotImplementedError
 
 
@@ -28,9 +34,20 @@ class HiddenOp(NamedTuple):
     chains: tuple[tuple[HiddenPart, ...], ...]
     rows: RowMap | None
 
+    def run(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Runs each chain on its rows."""
+        if self.rows is None:
+            return _run(self.chains[0], hidden, tokens)
+        own = zip(self.chains, self.rows.split(hidden), tokens.split(self.rows), strict=True)
+        return self.rows.merge([_run(*each) for each in own])
+
 
 class AttachedHidden(AttachedSite):
-    """The result of one layer in a live model; its parts are `HiddenPart`."""
+    """The result of one layer in a live model; its parts are `HiddenPart`.
+
+    Hooks: ``output`` behind the layer, and the note of what the backbone, or the side that the
+    layer belongs to, is called with.
+    """
 
     kind = "hidden"
 
@@ -49,7 +66,7 @@ class AttachedHidden(AttachedSite):
         self.side = side
 
     def needed(self, part: HiddenPart) -> frozenset[str]:
-        return frozenset({"output"})
+        return frozenset({"output", CALL if self.side is None else f"{CALL}.{self.side}"})
 
     def register(self, hook: str) -> RemovableHandle:
         return self.host.register_forward_hook(self._after, prepend=True)
@@ -61,11 +78,12 @@ class AttachedHidden(AttachedSite):
         op: HiddenOp | None = self.planned()
         if op is None:
             return None
-        hidden = run_chains(op.chains, op.rows, _run, first_tensor(output))
+        tokens = tokens_of(self.runtime.peek(CALL), self.side)
+        hidden = op.run(first_tensor(output), tokens)
         return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
 
-def _run(parts: Sequence[HiddenPart], hidden: Tensor) -> Tensor:
+def _run(parts: Sequence[HiddenPart], hidden: Tensor, tokens: Tokens) -> Tensor:
     for part in parts:
-        hidden = part(hidden)
+        hidden = part(hidden, tokens)
     return hidden
