@@ -64,8 +64,9 @@ def load_config(
 
     Args:
         config: A configuration; a mapping of its fields; an identifier, with arguments or without
-            (``"seq_bn"``, ``"seq_bn[reduction_factor=12, non_linearity=gelu]"``); or the path of a
-            JSON file, such as a saved ``adapter_config.json``. None is ``"seq_bn"``.
+            (``"seq_bn"``, ``"seq_bn[reduction_factor=12, non_linearity=gelu]"``); several of these,
+            to be used together (``"prefix_tuning|par_bn"``); or the path of a JSON file, such as a
+            saved ``adapter_config.json``. None is ``"seq_bn"``.
         tolerant: Whether unknown fields of a mapping or file are left out instead of refused.
         changes: Fields to set differently.
 
@@ -90,6 +91,10 @@ def load_config(
         )
     if isinstance(config, os.PathLike) or config.endswith(".json"):
         return load_config(_read_json(Path(config)), tolerant=True, **changes)
+    if len(members := _members(config)) > 1:
+        union = resolve(registry().method_for_tag("union").config)
+        several: AdapterConfig = union(*(load_config(member) for member in members))
+        return several.replace(**changes) if changes else several
     name, arguments = _parse(config)
     _, reference, fields = registry().identifier(name)
     preset: AdapterConfig = resolve(reference)(**fields)
@@ -103,6 +108,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read an adapter configuration from {path}: {error}") from error
     nested = content.get("config")
     return nested if isinstance(nested, dict) else content
+
+
+def _members(text: str) -> list[str]:
+    """What stands between the bars of a string, other than those inside brackets."""
+    pieces = re.split(r"(\[[^\]]*\]|\|)", text)
+    members = [""]
+    for piece in pieces:
+        if piece == "|":
+            members.append("")
+        else:
+            members[-1] += piece
+    return members
 
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:

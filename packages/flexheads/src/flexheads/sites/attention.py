@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexheads.errors import UnsupportedError
-from flexheads.sites.base import AttachedSite
+from flexheads.sites.attention_masks import additive, positions, prefix_keep, widen
+from flexheads.sites.base import AttachedSite, first_argument
+from flexheads.sites.joining import CACHES, Joined, mechanism, private_config, undoing
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import Side
 
+INTERFACE = "flexheads_prefix"
+"""The name of our function among the attention implementations of transformers."""
+
+_MASKS = ("attention_mask", "mask")
+_STATES = ("key_value_states", "encoder_hidden_states")
+
 
 class AttentionPart(nn.Module):
-    """What an adapter has at an attention site."""
+    """What an adapter has at an attention site.
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+    Attributes:
+        length: Number of positions that it adds.
+    """
+
+    length: int
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that come before the attention's own.
 
         Args:
-            query: The queries, ``(batch, heads, sequence, head size)``.
+            hidden: What the attention is given, ``(batch, sequence, hidden)``.
 
         Returns:
             Two tensors ``(batch, key heads, prefix length, head size)``.
@@ -31,22 +48,86 @@ class AttentionPart(nn.Module):
         raise NotImplementedError
 
 
+class Prefix(NamedTuple):
+    """Keys and values ``(batch, key heads, prefix length, head size)``, and which of them count.
+
+    `keep` is ``(batch, 1, 1, prefix length)``, True where a position counts; None is everywhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    keep: Tensor | None
+
+
 class AttentionOp(NamedTuple):
     """What an attention site does in one plan."""
 
     chains: tuple[tuple[AttentionPart, ...], ...]
     rows: RowMap | None
+    lengths: tuple[int, ...]
+    """The positions that each chain adds."""
+
+    def prefix(self, hidden: Tensor) -> Prefix:
+        """The prefix of each row; shorter ones start later, and what is before does not count."""
+        if self.rows is None:
+            return Prefix(*_join(self.chains[0], hidden), None)
+        split, longest = self.rows.split(hidden), max(self.lengths)
+        found = [
+            _join(chain, own) if length else None
+            for chain, own, length in zip(self.chains, split, self.lengths, strict=True)
+        ]
+        heads, _, size = next(f for f in found if f is not None)[0].shape[1:]
+        both: list[Tensor] = []
+        for which in (0, 1):
+            padded = [
+                own.new_zeros(own.shape[0], heads, longest, size)
+                if pair is None
+                else functional.pad(pair[which], (0, 0, longest - length, 0))
+                for pair, own, length in zip(found, split, self.lengths, strict=True)
+            ]
+            both.append(self.rows.merge(padded))
+        if len(set(self.lengths)) == 1:
+            return Prefix(both[0], both[1], None)
+        keeps = [
+            prefix_keep(own, longest, n) for own, n in zip(split, self.lengths, strict=True)
+        ]
+        return Prefix(both[0], both[1], self.rows.merge(keeps))
+
+
+def _join(chain: Sequence[AttentionPart], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The prefix of a chain: each adapter's stands before those of the adapters before it."""
+    keys: Any = None
+    values: Any = None
+    for part in chain:
+        if part.length:
+            own_keys, own_values = (t.to(hidden) for t in part(hidden))
+            joined = Joined(own_keys, own_values)
+            keys, values = (own_keys, own_values) if keys is None else joined(keys, values)
+    return keys, values
 
 
 class AttachedAttention(AttachedSite):
     """An attention module in a live model; its parts are `AttentionPart`.
 
+    How a prefix gets in depends on the module's code, and is settled here once:
+
+    ``interface``
+        The module asks transformers for the function that attends. A private copy of its
+        configuration names ours, which calls the one that the model's own configuration names.
+    ``cache``
+        The module asks a cache for earlier keys and values; it gets one that puts the prefix before
+        what the real cache gives. The real cache never holds a prefix.
+    ``projections``
+        The results of the key and the value projection grow by the prefix.
+
     Attributes:
         stack: Number of the `LayerSpec` that it belongs to.
         index: Number of its layer in that stack.
         side: The side of an encoder-decoder model, or None.
+        location: What AdapterHub files call this kind of attention, or None.
         key_heads: Number of its key and value heads.
         head_size: Size of each.
+        shares_bias: Whether layers hand on a bias of the attention scores, by position.
     """
 
     kind = "attention"
@@ -63,18 +144,249 @@ class AttachedAttention(AttachedSite):
         stack: int,
         index: int,
         side: Side | None,
+        location: str | None = None,
+        projections: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
-        super().__init__(address, role, layer, host, config.hidden_size, runtime)
-        self.stack, self.index, self.side = stack, index, side
-        heads = config.num_attention_heads
-        self.head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.key_heads = getattr(config, "num_key_value_heads", None) or heads
+        own: Any = getattr(host, "config", None) or config
+        super().__init__(address, role, layer, host, own.hidden_size, runtime)
+        self.stack, self.index, self.side, self.location = stack, index, side, location
+        self.projections = projections
+        self.mechanism, self.names = mechanism(host, projections is not None)
+        self.shares_bias = "position_bias" in self.names
+        self.head_size, self.key_heads = _sizes(host, own)
+        self.original: Any = None
+        self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
 
     def needed(self, part: AttentionPart) -> frozenset[str]:
         return frozenset({"attention"})
 
     def register(self, hook: str) -> RemovableHandle:
-        raise UnsupportedError("Prefixes are not available in this version of flexheads.")
+        if self.mechanism is None:
+            raise UnsupportedError(
+                f"{type(self.host).__name__} at {self.address} leaves no way in for a prefix with "
+                "the installed transformers; update it, or choose another method."
+            )
+        enter = {
+            "interface": self._note,
+            "cache": self._enter_cache,
+            "projections": self._enter_projections,
+        }[self.mechanism]
+        handles = [self.host.register_forward_pre_hook(enter, with_kwargs=True)]
+        if self.mechanism == "interface":
+            vars(self.host)[INTERFACE] = self
+            self.original = self.host.config
+            self.host.config = private_config(self.original, INTERFACE)
+        elif self.mechanism == "projections":
+            assert self.projections is not None
+            key, value = self.projections
+            # Behind the hooks of other adapters, which see as many rows as the module was given.
+            handles.append(key.register_forward_hook(self._after_key))
+            handles.append(value.register_forward_hook(self._after_value))
+            if hasattr(type(self.host), "disentangled_attention_bias"):
+                vars(self.host)["disentangled_attention_bias"] = self._own_bias
+        return undoing(handles, self._leave)
+
+    def _leave(self) -> None:
+        vars(self.host).pop(INTERFACE, None)
+        vars(self.host).pop("disentangled_attention_bias", None)
+        if self.original is not None:
+            self.host.config, self.original = self.original, None
 
     def op(self, chains: Sequence[Sequence[AttentionPart]], rows: RowMap | None) -> AttentionOp:
-        return AttentionOp(tuple(map(tuple, chains)), rows)
+        lengths = tuple(sum(part.length for part in chain) for chain in chains)
+        if self.shares_bias and len(set(lengths)) > 1:
+            raise UnsupportedError(
+                f"Rows of one batch have prefixes of {sorted(set(lengths))} positions, but this "
+                "model counts relative positions through the prefix, for all rows alike. Run them "
+                "in separate batches."
+            )
+        return AttentionOp(tuple(map(tuple, chains)), rows, lengths)
+
+    def _planned(self) -> AttentionOp | None:
+        op: AttentionOp | None = self.planned()
+        return op if op is not None and any(op.lengths) else None
+
+    # --- by the attention interface ---------------------------------------------------------------
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._planned() is not None:
+            self.runtime.put(self.address, first_argument(args, kwargs))
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Attends with the prefix; arguments and result are those of an attention function."""
+        chosen = self.original._attn_implementation
+        attention: Any = self.eager
+        if chosen != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[chosen]
+        op = self._planned()
+        if op is None:
+            return attention(module, query, key, value, mask, *args, **kwargs)
+        keys, values, keep = op.prefix(self.runtime.take(self.address))
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if "flash" in chosen or "flex" in chosen:
+            mask = _flat_mask(chosen, mask, keep, key, keys.shape[2], kwargs)
+        else:
+            if mask is None and causal and chosen != "eager" and query.shape[2] > 1:
+                mask = positions(query.shape[2], key.shape[2], query.device)
+            mask = widen(mask, keys.shape[2], keep, key.shape[2], query)
+            if mask is not None and kwargs.get("is_causal") is not None:
+                kwargs["is_causal"] = False
+        key, value = Joined(keys, values)(key, value)
+        return attention(module, query, key, value, mask, *args, **kwargs)
+
+    # --- by a cache -------------------------------------------------------------------------------
+
+    def _enter_cache(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        op, given = self._planned(), {**dict(zip(self.names, args, strict=False)), **kwargs}
+        changes: dict[str, Any] = {}
+        if self.shares_bias:
+            changes = self._fit_bias(given, max(op.lengths) if op is not None else 0)
+        if op is not None:
+            hidden = first_argument(args, kwargs)
+            keys, values, keep = op.prefix(hidden)
+            name = next(word for word in CACHES if word in self.names)
+            cache = given.get(name)
+            changes[name] = Joined(keys, values).cache(cache)
+            states = next((given[n] for n in _STATES if given.get(n) is not None), None)
+            total = _key_length(module, hidden, states, cache)
+            mask_name = next(word for word in _MASKS if word in self.names)
+            mask = given.get(mask_name)
+            causal = getattr(module, "is_causal", None)
+            causal = getattr(module, "is_decoder", False) if causal is None else causal
+            if mask is None and causal and states is None and hidden.shape[1] > 1:
+                mask = positions(hidden.shape[1], total, hidden.device)
+                mask = additive(mask, hidden)
+            changes[mask_name] = widen(mask, keys.shape[2], keep, total, hidden)
+        return _replaced(self.names, args, kwargs, changes) if changes else None
+
+    def _fit_bias(self, given: Mapping[str, Any], length: int) -> dict[str, Any]:
+        """Fits the bias of another layer to this one's prefix, where layers differ in that."""
+        place, bias = f"bias of {self.role} {self.stack}", given.get("position_bias")
+        before = self.runtime.peek(place)
+        self.runtime.put(place, length)
+        if bias is None or before is None or before == length:
+            return {}
+        return {"position_bias": functional.pad(bias, (length - before, 0))}
+
+    # --- by the projections -----------------------------------------------------------------------
+
+    def _enter_projections(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Any] | None:
+        op = self._planned()
+        if op is None:
+            return None
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        hidden = first_argument(args, kwargs)
+        keys, values, keep = op.prefix(hidden)
+        length = keys.shape[2]
+        changes: dict[str, Any] = {}
+        for word in ("key", "value"):
+            if word in given:  # its length is read, so it must be that of the projection's result
+                changes[word] = functional.pad(given[word], (0, 0, length, 0))
+        self.runtime.put(self.address, (keys, values, length if changes else 0))
+        mask_name = next(word for word in _MASKS if word in self.names)
+        mask = given.get(mask_name)
+        changes[mask_name] = widen(mask, length, keep, hidden.shape[1], hidden)
+        return _replaced(self.names, args, kwargs, changes)
+
+    def _after_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return self._grow(output, 0)
+
+    def _after_value(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return self._grow(output, 1)
+
+    def _grow(self, output: Tensor, which: int) -> Tensor | None:
+        if self._planned() is None or self.runtime.peek(f"{self.address}.bias"):
+            return None
+        entered = self.runtime.peek(self.address)
+        prefix, padding = entered[which], entered[2]
+        own = output[:, padding:]
+        return Joined(prefix, prefix).before(prefix.transpose(1, 2).flatten(2), own, dim=1)
+
+    def _own_bias(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's bias by position, which the prefix has no part in."""
+        bias: Any = type(self.host).disentangled_attention_bias
+        entered = self.runtime.peek(self.address) if self._planned() is not None else None
+        if entered is None:
+            result: Tensor = bias(self.host, query, key, *args, **kwargs)
+            return result
+        length = entered[0].shape[2]
+        self.runtime.put(f"{self.address}.bias", True)
+        own = bias(self.host, query, key[:, length:], *args, **kwargs)
+        self.runtime.take(f"{self.address}.bias")
+        return functional.pad(own, (length, 0))
+
+
+def prefix_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The attention function that stands in for the model's own where there are prefixes."""
+    return vars(module)[INTERFACE].attend(module, *args, **kwargs)
+
+
+AttentionInterface.register(INTERFACE, prefix_attention)
+
+
+def _flat_mask(
+    chosen: str, mask: Any, keep: Tensor | None, key: Tensor, length: int, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of attention functions that take none, or one by key: ``(batch, keys)``."""
+    if "flex" in chosen:
+        raise UnsupportedError(
+            "Prefixes do not work with flex_attention; load the model with "
+            'attn_implementation="sdpa", "eager" or a flash attention.'
+        )
+    if kwargs.get("sliding_window") is not None and key.shape[2] > kwargs["sliding_window"]:
+        raise UnsupportedError(
+            "Flash attention with a sliding window would lose the prefix; load the model with "
+            'attn_implementation="sdpa".'
+        )
+    if mask is None and keep is None:
+        return None
+    mask = key.new_ones(key.shape[0], key.shape[2]).bool() if mask is None else mask
+    return widen(mask, length, None if keep is None else keep[:, 0, 0], key.shape[2], key)
+
+
+def _key_length(module: Any, hidden: Tensor, states: Tensor | None, cache: Any) -> int:
+    """How many keys an attention will have of its own, before its cache has the new ones."""
+    if states is not None:
+        return states.shape[1]
+    before = 0 if cache is None else int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0))
+    return hidden.shape[1] + before
+
+
+def _replaced(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with some of them replaced, each where it was."""
+    by_place = dict(zip(names, args, strict=False))
+    inside = [name for name in changes if name in by_place]
+    placed = tuple(changes[n] if n in inside else value for n, value in by_place.items())
+    rest = {name: value for name, value in changes.items() if name not in inside}
+    return (*placed, *args[len(placed) :]), {**kwargs, **rest}
+
+
+def _sizes(host: Any, config: Any) -> tuple[int, int]:
+    """The size of a head, and how many key and value heads a module has."""
+    heads = _first_of(host, ("num_heads", "num_attention_heads", "n_heads"))
+    heads = heads or config.num_attention_heads
+    words = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    size = _first_of(host, words) or _first_of(config, ("head_dim", "d_kv"))
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return int(size or config.hidden_size // heads), int(keys)
+
+
+def _first_of(owner: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

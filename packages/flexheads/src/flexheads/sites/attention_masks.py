@@ -1,0 +1,62 @@
+"""Attention masks that grow by a prefix, in every form that transformers gives them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """What an additive mask holds where nothing may be attended to."""
+    return torch.finfo(dtype).min
+
+
+def positions(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask ``(1, 1, queries, keys)`` where the last query is at the last key."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones.tril(keys - queries)[None, None]
+
+
+def additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A boolean mask as one that is added to scores, in the dtype of another tensor."""
+    return like.new_zeros(mask.shape).masked_fill(~mask, lowest(like.dtype))
+
+
+def prefix_keep(rows: Tensor, longest: int, length: int) -> Tensor:
+    """Which of `longest` positions are among the last `length`: ``(batch, 1, 1, longest)``."""
+    keep = torch.arange(longest, device=rows.device) >= longest - length
+    return keep.expand(rows.shape[0], 1, 1, longest)
+
+
+def widen(
+    mask: Tensor | None, length: int, keep: Tensor | None, keys: int, like: Tensor
+) -> Tensor | None:
+    """A mask for keys that a prefix stands before.
+
+    Args:
+        mask: The mask for the attention's own keys, its last dimension: boolean or whole numbers
+            (true may be attended to), or additive; None is every key.
+        length: Positions of the prefix.
+        keep: Which of them count, ``(batch, 1, 1, length)``; None is all. For a mask
+            ``(batch, keys)`` it is ``(batch, length)``.
+        keys: Number of the attention's own keys.
+        like: A tensor in whose dtype a mask can be added.
+    """
+    if mask is None and keep is None:
+        return None
+    if mask is None:
+        assert keep is not None
+        mask = like.new_zeros(keep.shape[0], 1, 1, keys)
+    mask = mask[..., :keys]
+    shape = (*mask.shape[:-1], length)
+    additive = mask.is_floating_point() and mask.dim() > 2
+    before = mask.new_zeros(shape) if additive else mask.new_ones(shape)
+    if keep is not None:
+        batch = keep.shape[0]
+        before = before.expand(batch, *shape[1:])
+        mask = mask.expand(batch, *mask.shape[1:])
+        if additive:
+            before = before.masked_fill(~keep, lowest(mask.dtype))
+        else:
+            before = before * keep.to(before.dtype) if before.dtype != torch.bool else before & keep
+    return torch.cat([before, mask], dim=-1)

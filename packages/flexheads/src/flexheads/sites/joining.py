@@ -1,0 +1,132 @@
+"""How a prefix of keys and values joins those of an attention module, and how that is undone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import EncoderDecoderCache
+
+CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def mechanism(host: nn.Module, has_projections: bool) -> tuple[str | None, tuple[str, ...]]:
+    """How a prefix can get into an attention module, and the names of its arguments.
+
+    Args:
+        host: The module.
+        has_projections: Whether its key and value projections are known.
+    """
+    forward = inspect.unwrap(type(host).forward)
+    names = tuple(inspect.signature(forward).parameters)[1:]
+    if "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names and "position_bias" not in names:
+        return "interface", names
+    if any(word in names for word in CACHES):
+        return "cache", names
+    return ("projections" if has_projections else None), names
+
+
+def private_config(config: Any, implementation: str) -> Any:
+    """A copy of a configuration that names another attention, and shares everything else."""
+    private = copy.copy(config)
+    # The public setter would write into the configurations that both share.
+    vars(private)["_attn_implementation_internal"] = implementation
+    return private
+
+
+class Joined:
+    """A prefix that stands before keys and values.
+
+    Args:
+        keys, values: The prefix, ``(batch, key heads, prefix length, head size)``.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix and what comes after it: ``(batch, key heads, length, head size)``."""
+        return self.before(self.keys, keys), self.before(self.values, values)
+
+    @staticmethod
+    def before(prefix: Tensor, own: Tensor, dim: int = 2) -> Tensor:
+        """The prefix and the attention's own, in the dtype of the latter."""
+        return torch.cat([prefix.to(own.dtype), own], dim=dim)
+
+    def cache(self, inner: Any) -> Any:
+        """A cache that gives the prefix before what another gives, and stores nothing of it."""
+        if not isinstance(inner, EncoderDecoderCache):
+            return _PrefixedCache(self, inner)
+        both = EncoderDecoderCache.__new__(EncoderDecoderCache)
+        both.__dict__.update(inner.__dict__)
+        both.self_attention_cache = _PrefixedCache(self, inner.self_attention_cache)
+        both.cross_attention_cache = _PrefixedCache(self, inner.cross_attention_cache)
+        return both
+
+
+class _PrefixedCache:
+    """Stands in for a cache inside one attention module."""
+
+    def __init__(self, joined: Joined, inner: Any) -> None:
+        self.joined, self.inner = joined, inner
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stores keys and values in the real cache; gives all of them behind the prefix."""
+        if self.inner is not None:
+            keys, values = self.inner.update(keys, values, *args, **kwargs)
+        return self.joined(keys, values)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """The number of positions that the real cache holds."""
+        return 0 if self.inner is None else self.inner.get_seq_length(*args, **kwargs)
+
+    @property
+    def layers(self) -> _Layers:
+        """The stored keys and values of each layer, behind the prefix."""
+        return _Layers(self.joined, self.inner.layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+
+class _Layers:
+    def __init__(self, joined: Joined, layers: Any) -> None:
+        self.joined, self.layers = joined, layers
+
+    def __getitem__(self, index: int) -> _Layer:
+        layer = self.layers[index]
+        return _Layer(*self.joined(layer.keys, layer.values))
+
+
+class _Layer:
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+
+class Undoing(RemovableHandle):
+    """Several registrations that are undone together, with something to do afterwards."""
+
+    def __init__(self, handles: Sequence[RemovableHandle], after: Callable[[], None]) -> None:
+        self.handles, self.after = list(handles), after
+
+    def remove(self) -> None:
+        """Undoes them."""
+        for handle in self.handles:
+            handle.remove()
+        self.after()
+
+    def __getstate__(self) -> Any:
+        return {"handles": self.handles, "after": self.after}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state)
+
+
+def undoing(handles: Sequence[RemovableHandle], after: Callable[[], None]) -> RemovableHandle:
+    """One handle for several registrations; see `Undoing`."""
+    return Undoing(handles, after)
