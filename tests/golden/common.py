@@ -28,7 +28,7 @@ MARKS = [
 ]
 
 # Fields of adapter configurations that this version does not support when they are set.
-UNSUPPORTED_FIELDS = ("phm_layer", "use_dora", "vera_d")
+UNSUPPORTED_FIELDS = ("use_dora", "vera_d")
 
 # --- reading ----------------------------------------------------------------------------------
 
@@ -69,6 +69,9 @@ def unsupported_adapter(folder: Path) -> str | None:
         registry().method_for_tag(config.get("architecture") or "bottleneck")
     except UnknownNameError:
         return f"method {config['architecture']}"
+    shares = config.get("phm_layer") and config["shared_phm_rule"]
+    if shares and not any("shared_parameters." in key for key in tensors_of(folder)):
+        return "field phm_layer, with the shared tensors that old releases did not save"
     return next(
         (f"field {f}" for f in UNSUPPORTED_FIELDS if config.get(f) not in (None, False)), None
     )

@@ -1,14 +1,16 @@
 """What is right where the peer's own numbers are no target, by case.
 
 What the peer does there: a Stack inside another block misses the residual and the norm between its
-members; invertible adapters take the first member for all rows, and of a Stack; a second LoRA acts
-on the first one's delta; IA3 is merged without the projections' biases; the bias of a
-language-model head is lost where a whole checkpoint is converted.
+members; invertible adapters and ReFT take the first member for all rows, and of a Stack or an
+Average; DiReFT is saved without what makes it one; a second LoRA acts on the first one's delta; IA3
+is merged without the projections' biases; the bias of a language-model head is lost where a whole
+checkpoint is converted.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +22,7 @@ from flexheads.routing import route
 
 from .cases import Case, block_of, model_for, run
 from .common import assert_close, assert_tensor_close, call, pick, read_config, tensors_of
+from .magnitudes import check_dora
 
 
 def check_chains(case: Case, model: Any) -> None:
@@ -36,15 +39,17 @@ def check_chains(case: Case, model: Any) -> None:
         given = {key: tensor[rows] for key, tensor in whole.items()}
         single = call(model, given, adapter_names=list(chain), head=chain[-1] if heads else [])
         batch = single[0].shape[0]
-        for name in heads[number : number + 1] or got:
+        for name in [n for n in heads if n.startswith(f"{number}.")] or got:
             own = got[name] if heads else got[name][number * batch : (number + 1) * batch]
             assert_tensor_close(own, pick(single, name.rpartition(".")[2]), name)
 
 
+@torch.no_grad()
 def check_added_deltas(case: Case, model: Any) -> None:
     """Stacked LoRAs add their deltas: the plain model with the sum folded in gives the same."""
     plain = model_for(case.other("base"))
-    state = plain.base_model.state_dict()
+    attachment = plain._attachment
+    sites = {path: attachment.sites[address] for address, path in attachment.paths().items()}
     for folder in case.entry["adapters"].values():
         config = read_config(case.folder / folder)["config"]
         factors: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
@@ -53,7 +58,7 @@ def check_added_deltas(case: Case, model: Any) -> None:
             factors[path.removeprefix(f"{plain.base_model_prefix}.")][rest[-6:]] = tensor
         for path, parts in factors.items():
             delta = parts["lora_B"] @ parts["lora_A"] * (config["alpha"] / config["r"])
-            state[f"{path}.weight"] += delta
+            sites[path].projection.weight.add_(delta)
     assert_close(run(case, model), run(case, plain, None))
 
 
@@ -102,12 +107,16 @@ def check_stacked_couplings(case: Case, model: Any) -> None:
             ({k.partition(stem)[2]: t for k, t in tensors if stem in k}, config["non_linearity"])
         )
 
-    def behind_embeddings(module: Any, args: Any, hidden: Tensor) -> Tensor:
+    def coupled(hidden: Tensor) -> Tensor:
         for tensors, non_linearity in couplings:
             hidden = nice(hidden, tensors, getattr(torch.nn.functional, non_linearity))
         return hidden
 
-    plain.base_model.embeddings.register_forward_hook(behind_embeddings)
+    host = plain.base_model.get_submodule(plain.spec.embeddings)
+    if plain.spec.embeddings_from == "output":
+        host.register_forward_hook(lambda module, args, hidden: coupled(hidden))
+    else:
+        host.register_forward_pre_hook(lambda module, args: (coupled(args[0]), *args[1:]))
     assert_close(run(case, model), run(case, plain, names))
 
 
@@ -123,6 +132,90 @@ def nice(hidden: Tensor, tensors: Mapping[str, Tensor], act: Callable[[Tensor], 
     return torch.cat([left, right + subnet("G", left)], dim=-1)
 
 
+def check_direft(case: Case, model: Any) -> None:
+    """The file does not say that nothing is subtracted; told so, it gives what the peer had."""
+    (name,) = case.entry["adapters"]
+    state = model.adapters[name].state_dict()
+    fields = {**model.adapters[name].config.to_dict(), "subtract_projection": False}
+    model.add_adapter(name, fields, overwrite_ok=True)
+    model.adapters[name].load_state_dict(state)
+    assert_close(run(case, model), case.expected())
+
+
+def check_stacked_reft(case: Case, model: Any) -> None:
+    """Stacked interventions follow one another behind each layer."""
+    _check_reft(
+        case, model, lambda hidden, edits: functools.reduce(lambda h, f: f(h), edits, hidden)
+    )
+
+
+def check_averaged_reft(case: Case, model: Any) -> None:
+    """Averaged interventions give the weighted mean of what each gives."""
+    weights = case.entry["setup"]["kwargs"]["weights"]
+    _check_reft(
+        case,
+        model,
+        lambda hidden, edits: sum(w * f(hidden) for w, f in zip(weights, edits, strict=True)),
+    )
+
+
+def _check_reft(case: Case, model: Any, combine: Callable[[Tensor, Any], Tensor]) -> None:
+    plain, given = model_for(case.other("base")), case.inputs()
+    folders = {name: case.folder / where for name, where in case.entry["adapters"].items()}
+    for number, layer in enumerate(plain.base_model.encoder.layer):
+        edits = [
+            functools.partial(
+                edited,
+                {
+                    key.partition(f".{number}.reft_layer.refts.{name}.units.")[2]: tensor
+                    for key, tensor in tensors_of(folder).items()
+                },
+                read_config(folder)["config"],
+                given["attention_mask"],
+            )
+            for name, folder in folders.items()
+        ]
+
+        def behind_layer(module: Any, args: Any, output: Any, edits: Any = edits) -> Any:
+            if isinstance(output, tuple):
+                return (combine(output[0], edits), *output[1:])
+            return combine(output, edits)
+
+        layer.register_forward_hook(behind_layer)
+    assert_close(run(case, model), run(case, plain, None))
+
+
+def edited(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], mask: Tensor, hidden: Tensor
+) -> Tensor:
+    """The intervention written out, row by row and position by position; no non-linearity."""
+    assert not config["non_linearity"]
+    assert not config["tied_weights"]
+    result = hidden.clone()
+    for row in range(hidden.shape[0]):
+        real = mask[row].nonzero().flatten().tolist()
+        chosen = dict.fromkeys(real[: config["prefix_positions"]], "0")
+        last = config["suffix_positions"]
+        chosen |= dict.fromkeys(real[len(real) - last :], "1")
+        for column, unit in chosen.items():
+            projection = projection_of(tensors, f"{unit}.projection.", config["r"])
+            weight, bias = (tensors[f"{unit}.learned_source.{w}"] for w in ("weight", "bias"))
+            state = hidden[row, column]
+            change = projection.T @ (weight @ state + bias - projection @ state)
+            result[row, column] = state + change
+    return result
+
+
+def projection_of(tensors: Mapping[str, Tensor], stem: str, r: int) -> Tensor:
+    """A projection, parametrised by torch itself where it is orthonormal."""
+    own = {k.removeprefix(stem): t for k, t in tensors.items() if k.startswith(stem)}
+    layer = torch.nn.Linear(next(iter(own.values())).shape[1], r, bias=False)
+    if "weight" not in own:
+        layer = torch.nn.utils.parametrizations.orthogonal(layer)
+    layer.load_state_dict(own)
+    return layer.weight.detach()
+
+
 # By the case's id, or the end of it.
 CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/bn_parallel_stack": check_chains,
@@ -132,6 +225,15 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/inv_batchsplit": check_chains,
     "compose/inv_stack": check_stacked_couplings,
     "compose/lora_stack": check_added_deltas,
+    "compose/ia3_parallel": check_chains,
+    "compose/reft_parallel": check_chains,
+    "compose/reft_batchsplit": check_chains,
+    "compose/reft_stack": check_stacked_reft,
+    "compose/reft_average": check_averaged_reft,
+    "adapter/direft": check_direft,
+    "adapter/dora": check_dora,
+    "adapter/dvora": check_dora,
+    "merge/dora": check_dora,
     "merge/ia3": check_merged,
     "flex_auto": check_whole_checkpoint,
     "flex_adapter": check_like_static,

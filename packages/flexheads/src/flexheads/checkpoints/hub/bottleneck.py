@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from flexheads.checkpoints.hub.names import AdapterNames
+from flexheads.errors import CheckpointError
 
 _EMBEDDINGS = "embeddings"
 _WORDS = {"up": "adapter_up", "norm_before": "adapter_norm_before"}
@@ -17,13 +22,12 @@ class BottleneckNames(AdapterNames):
     def keys(self, address: str) -> list[str]:
         if address.startswith(f"{_EMBEDDINGS}."):
             suffix = address.removeprefix(f"{_EMBEDDINGS}.")
-            return [f"{self.prefix}invertible_adapters.{self.name}.{suffix}"]
+            return [f"{self.prefix}{self._couplings}{suffix}"]
         return super().keys(address)
 
     def address(self, key: str) -> str | None:
-        stem = f"invertible_adapters.{self.name}."
         modern = self.modern(key)
-        if modern.startswith(stem) and _EMBEDDINGS in self.layout.paths:
+        if _EMBEDDINGS in self.layout.paths and modern.startswith(stem := self._couplings):
             return f"{_EMBEDDINGS}.{modern[len(stem) :]}"
         return super().address(key)
 
@@ -46,6 +50,31 @@ class BottleneckNames(AdapterNames):
                 return module + suffix[len(word) :]
         return None
 
+    def read(self, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        tensors, unexpected = super().read(raw)
+        shares = self.config.get("shared_phm_rule", True) or self.config.get("shared_W_phm")
+        if self.config.get("phm_layer") and shares and not _shared(tensors):
+            raise CheckpointError(
+                f"Adapter {self.name!r} is a compacter, but the file lacks the tensors that its "
+                "layers share. Releases of the adapters library before 1.3.0 did not save them, "
+                "nor does 1.3.0 from a model without a head, so they are lost; save the adapter "
+                "again from the model that it was trained in, with a head."
+            )
+        return tensors, unexpected
+
+    def shared_address(self, suffix: str) -> str | None:
+        return f"shared.phm.{suffix}" if self.config.get("phm_layer") else None
+
+    @property
+    def _couplings(self) -> str:
+        """What the keys of an invertible adapter begin with, below the backbone."""
+        holder = self.layout.paths[_EMBEDDINGS]
+        return f"{holder}{'.' if holder else ''}invertible_adapters.{self.name}."
+
     @property
     def _down(self) -> str:
         return "adapter_down.1" if self.config.get("ln_before") else "adapter_down.0"
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> bool:
+    return any(address.startswith("shared.") for address in tensors)
