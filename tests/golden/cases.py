@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flexheads
-from flexheads.composition import BLOCKS, BatchSplit
+from flexheads.composition import BLOCKS
 
 from .common import (
     GOLDEN,
@@ -26,7 +26,7 @@ from .common import (
     unsupported_head,
 )
 
-UNSUPPORTED_ACTIONS = ("skip_layers", "average", "share_parameters", "adapter_setup", "full")
+UNSUPPORTED_ACTIONS = ("adapter_setup", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +130,7 @@ def block_of(setup: Mapping[str, Any] | None) -> Any:
     if setup["type"] == "single":
         return setup["children"][0]
     children = [block_of(child) for child in setup["children"]]
-    if setup["type"] == "BatchSplit":
-        return BatchSplit(*children, batch_sizes=setup["kwargs"]["batch_sizes"])
-    return BLOCKS[setup["type"]](*children)
+    return BLOCKS[setup["type"]](*children, **setup.get("kwargs", {}))
 
 
 def model_for(case: Case) -> Any:
@@ -148,15 +146,23 @@ def model_for(case: Case) -> Any:
     heads = bool(entry.get("adapters_with_head"))
     for name, where in entry.get("adapters", {}).items():
         assert model.load_adapter(folder / where, load_as=name, with_head=heads) == name
+    for name, where in entry.get("fusions", {}).items():
+        assert model.load_adapter_fusion(folder / where, load_as=name, with_head=False) == name
     for name, where in entry.get("heads", {}).items():
         assert model.load_head(folder / where, load_as=name, set_active=False) == name
+    if "average" in entry:
+        how = dict(entry["average"])
+        model.average_adapter(how.pop("name"), how.pop("adapters"), **how)
+    if "share_parameters" in entry:
+        shared = entry["share_parameters"]
+        model.share_parameters(shared["adapters"], shared["name"])
     return model
 
 
 def run(case: Case, model: Any, setup: Any = ...) -> dict[str, Tensor]:
     """Runs the case with its own setup and head, or with another setup."""
     setup = block_of(case.entry.get("setup")) if setup is ... else setup
-    model.set_active_adapters(setup)
+    model.set_active_adapters(setup, skip_layers=case.entry.get("skip_layers"))
     if case.entry["level"] == "base":
         model.active_head = None
     elif case.entry.get("active_head") is not None:

@@ -63,6 +63,13 @@ class Block:
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.children
 
+    def blocks(self) -> Iterator[Block]:
+        """This block and every block inside."""
+        yield self
+        for child in self.children:
+            if isinstance(child, Block):
+                yield from child.blocks()
+
     def names(self) -> tuple[str, ...]:
         """Every adapter name inside, in order, without repetition."""
         found: dict[str, None] = {}
@@ -315,7 +322,7 @@ def from_json(described: Any) -> Block | None:
     if kind is Rows:
         return Rows(children)
     field = _FIELDS.get(described["type"])
-    fields = {} if field is None else {field: described[field]}
+    fields = {field: described[field]} if field in described else {}
     if kind is Average:
         fields["normalize_weights"] = False
     return _rebuild(kind, tuple(children), fields)

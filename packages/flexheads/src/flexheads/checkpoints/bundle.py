@@ -71,19 +71,32 @@ class SavedStaticHead:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedFusion:
+    """An AdapterFusion: the adapters that it fuses, its configuration and its tensors."""
+
+    name: str
+    members: tuple[str, ...]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What one directory holds: an adapter, a head, or both.
+    """What one directory holds: an adapter or a fusion of adapters, a head, or both.
 
     Attributes:
         adapter: The adapter, if there is one.
+        fusion: The AdapterFusion, if there is one.
         head: The head, if there is one.
-        adapter_from, head_from: Where each was saved.
+        adapter_from, fusion_from, head_from: Where each was saved.
         source: The directory, for messages.
     """
 
     adapter: SavedAdapter | None = None
+    fusion: SavedFusion | None = None
     head: SavedHead | SavedStaticHead | None = None
     adapter_from: Provenance = field(default_factory=Provenance)
+    fusion_from: Provenance = field(default_factory=Provenance)
     head_from: Provenance = field(default_factory=Provenance)
     source: Path | None = None
 
@@ -97,7 +110,10 @@ class Layout:
         model_types: The model types that it answers to.
         hidden_size: The model's hidden size.
         prefix: Where the backbone hangs in a model with a head; a bare backbone has the same.
+        prefixes: Further places where it hangs in the models that files come from.
+        pooler: Whether the model has a trained pooler.
         paths: The path in AdapterHub files of each site, by logical address.
+        renamed: The roles that AdapterHub files call by one another's names.
     """
 
     architecture: str
@@ -105,6 +121,16 @@ class Layout:
     hidden_size: int
     prefix: str
     paths: Mapping[str, str]
+    prefixes: tuple[str, ...] = ()
+    pooler: bool = True
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def below(self, key: str) -> str:
+        """A tensor's key without the name of the backbone, wherever that hangs."""
+        for prefix in filter(None, (self.prefix, *self.prefixes)):
+            if key.startswith(f"{prefix}."):
+                return key[len(prefix) + 1 :]
+        return key
 
     def check(self, saved: Provenance, what: str, source: Path) -> None:
         """Refuses what was saved from another kind of model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,26 +63,15 @@ class AdapterMethod(ABC):
         raise UnsupportedError(f"{type(self).__name__} cannot be merged into the backbone.")
 
 
-class Adapter(nn.Module):
-    """All parameters of one adapter, keyed by logical addresses (``layers.3.feed_forward.down``).
-
-    Its ``state_dict()`` is its checkpoint. `parts` gives the module at each site.
+class AddressedModules(nn.Module):
+    """Modules by logical address (``layers.3.feed_forward``); its state dict is a checkpoint.
 
     Args:
-        name: The adapter's name.
-        config: Its configuration.
-        parts: Its modules by address, as `AdapterMethod.build` gives them.
+        parts: The modules by address; see `AdapterMethod.build`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        config: AdapterConfig,
-        method: AdapterMethod,
-        parts: Mapping[str, nn.Module],
-    ) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.name, self.config, self.method = name, config, method
         self._addresses = tuple(address for address in parts if not is_shared(address))
         for address, part in parts.items():
             *path, last = address.split(".")
@@ -105,6 +94,27 @@ class Adapter(nn.Module):
         return iter(self._addresses)
 
 
+class Adapter(AddressedModules):
+    """All parameters of one adapter, keyed by logical addresses (``layers.3.feed_forward.down``).
+
+    Args:
+        name: The adapter's name.
+        config: Its configuration.
+        method: The method that built it.
+        parts: Its modules by address, as `AdapterMethod.build` gives them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: AdapterConfig,
+        method: AdapterMethod,
+        parts: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__(parts)
+        self.name, self.config, self.method = name, config, method
+
+
 def is_shared(address: str) -> bool:
     """Whether an address is that of a module which parts of an adapter use together."""
     return address.startswith("shared.")
@@ -122,11 +132,29 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def check_leave_out(leave_out: Sequence[int], sites: Mapping[str, AttachedSite]) -> None:
-    """Refuses numbers of layers that the model does not have.
+    """Refuses numbers of layers in ``leave_out`` that the model does not have.
 
     Raises:
         ConfigError: If there is one.
     """
-    layers = {site.layer for site in sites.values() if site.layer is not None}
-    if wrong := [layer for layer in leave_out if layer not in layers]:
-        raise ConfigError(f"leave_out names layers {wrong}, but the model has {len(layers)}.")
+    check_layers("leave_out", leave_out, sites)
+
+
+def check_layers(
+    field: str, numbers: Iterable[int | str], sites: Mapping[str, AttachedSite]
+) -> None:
+    """Refuses numbers of layers that the model does not have.
+
+    Args:
+        field: The field of the configuration that names them.
+        numbers: The numbers, or strings of them.
+        sites: The sites of the model.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    layers = {str(site.layer) for site in sites.values() if site.layer is not None}
+    if wrong := [number for number in numbers if str(number) not in layers]:
+        raise ConfigError(
+            f"{field} names layers {wrong}, but the model has {len(layers)}, counted from 0."
+        )

@@ -138,6 +138,45 @@ class AddHeadsMixin(HeadsMixin):
             head_name, "causal_lm", activation_function, layers, overwrite_ok, set_active
         )
 
+    def add_seq2seq_lm_head(
+        self,
+        head_name: str,
+        layers: int = 1,
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+    ) -> None:
+        """Adds language modelling on a decoder, on the model's embeddings where those are tied."""
+        self.add_head(head_name, "seq2seq_lm", overwrite_ok, set_active, layers=layers)
+
+    def add_image_classification_head(
+        self,
+        head_name: str,
+        num_labels: int | None = None,
+        layers: int = 1,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        multilabel: bool = False,
+        id2label: Mapping[int, str] | None = None,
+        use_pooler: bool = False,
+        bias: bool = True,
+        dropout_prob: float | None = None,
+        set_active: bool = True,
+    ) -> None:
+        """Adds image classification; one label is regression, `multilabel` is any number."""
+        self.add_head(
+            head_name,
+            "image_classification",
+            overwrite_ok,
+            set_active,
+            **label_names(num_labels, id2label),
+            layers=layers,
+            activation_function=activation_function,
+            multilabel=multilabel,
+            use_pooler=use_pooler,
+            bias=bias,
+            dropout_prob=dropout_prob,
+        )
+
     def _add_lm_head(
         self,
         head_name: str,

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from flexheads.checkpoints.bundle import (
     Bundle,
     Layout,
@@ -107,7 +109,8 @@ class SavingMixin(AdapterModelMixin):
             return self._load_upstream(adapter_name_or_path, revision, upstream)
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
-            raise CheckpointError(f"{bundle.source} holds a head but no adapter; use load_head().")
+            raise CheckpointError(f"{bundle.source} holds no adapter; use load_head() or "
+                "load_adapter_fusion().")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
         with reading(bundle.source):
@@ -173,9 +176,23 @@ class SavingMixin(AdapterModelMixin):
             architecture=attachment.spec.name,
             model_types=(backbone.config.model_type,),
             hidden_size=backbone.config.hidden_size,
-            prefix=str(backbone.base_model_prefix),
+            prefix=self._backbone_name(),
             paths=attachment.paths(),
+            renamed=attachment.renamed(),
+            pooler=attachment.spec.pooler,
+            prefixes=(str(backbone.base_model_prefix), *attachment.spec.prefixes),
         )
+
+    def _backbone_name(self) -> str:
+        """The name under which the backbone hangs in this model, or would in one with a head."""
+        backbone = self._attachment.backbone
+        named = (name for name, child in self.named_children() if child is backbone)
+        return str(next(named, backbone.base_model_prefix))
+
+    def _embeddings(self) -> Tensor | None:
+        """The weight of the token embeddings, or None for a model that reads something else."""
+        module = self._attachment.backbone.get_input_embeddings()
+        return module.weight if isinstance(module, nn.Embedding) else None
 
     def _head_provenance(self, head: SavedHead | SavedStaticHead | None) -> Provenance:
         kind = head.config["head_type"] if isinstance(head, SavedHead) else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
 from flexheads.checkpoints.transfer import fill
@@ -15,14 +15,15 @@ from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
 from flexheads.models.container import NamedModules
-from flexheads.models.files import SavingMixin, reading
+from flexheads.models.files import reading
+from flexheads.models.setups import SetupMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry, resolve
 from flexheads.routing import route, step_name
 from flexheads.sites.base import place
 
 
-class HeadsMixin(SavingMixin):
+class HeadsMixin(SetupMixin):
     """Named prediction heads of any installed type.
 
     Attributes:
@@ -117,10 +118,15 @@ class HeadsMixin(SavingMixin):
         runtime = self._attachment.runtime
         self._activate(runtime.active.setup, self._routes(head))
 
-    def _activate(self, setup: Block | None, routes: tuple[HeadRoute, ...]) -> None:
-        super()._activate(setup, routes)
-        if len(routes) == 1:
-            self._show_labels(self.heads[routes[0].head])
+    def _activate(
+        self,
+        setup: Block | None,
+        heads: tuple[HeadRoute, ...],
+        skip_layers: tuple[int, ...] | None = None,
+    ) -> None:
+        super()._activate(setup, heads, skip_layers)
+        if len(heads) == 1:
+            self._show_labels(self.heads[heads[0].head])
 
     def _show_labels(self, head: PredictionHead) -> None:
         """Lets the model's configuration name the labels of the active head."""
@@ -160,11 +166,16 @@ class HeadsMixin(SavingMixin):
             return (HeadRoute(found[0]),)
         return tuple(HeadRoute(name, number) for number, name in found.items())
 
-    def _make_plan(self, block: Block | None, heads: tuple[HeadRoute, ...]) -> Any:
+    def _make_plan(
+        self,
+        block: Block | None,
+        heads: tuple[HeadRoute, ...],
+        skip_layers: tuple[int, ...] = (),
+    ) -> Any:
         for head in heads:
             if head.head not in self.heads:
                 raise UnknownNameError("head", head.head, self.heads)
-        return super()._make_plan(block, heads)
+        return super()._make_plan(block, heads, skip_layers)
 
     def _call_heads(
         self, block: Block | None, adapter_names: Setup, head: Any
@@ -268,10 +279,6 @@ class HeadsMixin(SavingMixin):
         return SavedHead(
             name=name, config=head.to_dict(), tensors=head.state_dict(), embeddings=embeddings
         )
-
-    def _embeddings(self) -> Tensor | None:
-        module = self._attachment.backbone.get_input_embeddings()
-        return None if module is None else module.weight
 
     def _prepare_head(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError
 
@@ -56,6 +57,46 @@ def flatten_choices(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | No
     choices = int(inputs[next(iter(depth))].shape[1])
     flat = {name: inputs[name].flatten(0, 1) for name in depth}
     return {**inputs, **flat}, choices
+
+
+def with_decoder_inputs(
+    inputs: Mapping[str, Any], labels: Any, config: PretrainedConfig
+) -> dict[str, Any]:
+    """The inputs of an encoder-decoder backbone, with the decoder's own where there are none.
+
+    Args:
+        inputs: The backbone's inputs.
+        labels: What the decoder shall write, ``(batch, sequence)``, if that is known; otherwise it
+            reads the encoder's tokens. Either way one step late.
+        config: The backbone's configuration.
+
+    Raises:
+        ConfigError: If there is nothing that the decoder could read.
+    """
+    names = ("decoder_input_ids", "decoder_inputs_embeds")
+    if any(inputs.get(name) is not None for name in names):
+        return dict(inputs)
+    written = inputs.get("input_ids") if labels is None else labels
+    if written is None:
+        raise ConfigError(
+            "The decoder has nothing to read: give decoder_input_ids or decoder_inputs_embeds, or "
+            "input_ids, or labels for a language-model head."
+        )
+    return {**inputs, "decoder_input_ids": _one_step_late(written, config)}
+
+
+def _one_step_late(ids: Tensor, config: PretrainedConfig) -> Tensor:
+    """The tokens behind the decoder's start token, without the last; ignored ones are padding."""
+    start, pad = config.decoder_start_token_id, config.pad_token_id
+    start = pad if start is None else start
+    if start is None or pad is None:
+        raise ConfigError(
+            "The configuration has no decoder_start_token_id or no pad_token_id, so give "
+            "decoder_input_ids."
+        )
+    late = ids.new_full(ids.shape, start)
+    late[..., 1:] = ids[..., :-1]
+    return late.masked_fill(late == -100, pad)
 
 
 def _batched(value: Any) -> bool:

@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from flexheads.composition import Block, Setup, parse_composition
+from flexheads.composition import Block, Fuse, Setup, parse_composition
 from flexheads.errors import ConfigError, FlexheadsError, UnknownNameError, UnsupportedError
 from flexheads.methods.base import Adapter, is_shared
 from flexheads.methods.config import AdapterConfig, load_config
-from flexheads.models.base import TransformersModel
+from flexheads.methods.fusion import AdapterFusion
 from flexheads.models.container import NamedModules
+from flexheads.models.merging import MergingMixin
+from flexheads.models.summary import AdapterSummary, summarise
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import Attachment
 from flexheads.sites.base import place
-from flexheads.sites.linear import AttachedLinear, Projection
 from flexheads.sites.runtime import plan_checkpoints
 from flexheads.specs import ArchitectureSpec
 
 _PLANS_KEPT = 256
 
-_Original = tuple[Projection, Tensor, Tensor | None]
-"""A projection, and the weight and bias that it had before merging."""
 
-
-class AdapterModelMixin(TransformersModel):
+class AdapterModelMixin(MergingMixin):
     """Named adapters on a transformers model.
 
     Attributes:
         adapters: The adapters by name, each one module with all its parameters.
+        adapter_fusions: The AdapterFusions by name, likewise.
     """
 
-    adapters: NamedModules[Adapter]
-    _attachment: Attachment
-    _merged: dict[str, list[_Original]]
+    adapter_fusions: NamedModules[AdapterFusion]
 
     def _attach(self, spec: ArchitectureSpec, backbone: PreTrainedModel) -> None:
         """Gives the model its adapter support."""
         self._attachment = Attachment(self, backbone, spec)  # type: ignore[arg-type]
         self.adapters = NamedModules("adapter")
-        self.adapters.train(self.training)
+        self.adapter_fusions = NamedModules("adapter fusion")
+        for container in (self.adapters, self.adapter_fusions):
+            container.train(self.training)
         self._merged = {}
         self._changed()
 
@@ -112,7 +111,7 @@ class AdapterModelMixin(TransformersModel):
         keep = None if setup is not None and adapter_name in setup.names() else setup
         heads = self._attachment.runtime.active.heads
         self.adapters.drop(adapter_name)
-        self._attachment.sync(a.parts for a in self.adapters.values())
+        self._sync(self.adapters.values())
         self._changed()
         heads = heads if keep is setup else self._heads_for(keep, heads)
         self._attachment.runtime.active = self._make_plan(keep, heads)
@@ -125,6 +124,32 @@ class AdapterModelMixin(TransformersModel):
         """
         return self.adapters[adapter_name]
 
+    def has_adapters(self) -> bool:
+        """Whether the model has any adapter."""
+        return bool(self.adapters)
+
+    def adapter_to(
+        self,
+        name: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Moves an adapter to a device or dtype.
+
+        Raises:
+            UnknownNameError: If there is none of that name.
+        """
+        self.adapters[name].to(device=device, dtype=dtype)
+
+    def adapter_summary(self, as_dict: bool = False) -> AdapterSummary | list[dict[str, Any]]:
+        """A table of the adapters: method, parameters, share of the model, active, trainable.
+
+        Args:
+            as_dict: Give the rows as plain data instead.
+        """
+        summary = summarise(self)
+        return summary.rows if as_dict else summary
+
     def _build_adapter(self, name: str, config: AdapterConfig) -> Adapter:
         """A new adapter that is not in the model yet, where and how its layers are."""
         method_class = resolve(registry().method_for_tag(config.tag).method)
@@ -135,6 +160,8 @@ class AdapterModelMixin(TransformersModel):
             raise ConfigError(f"The configuration of adapter {name!r} adapts nothing: {config!r}.")
         for address, part in parts.items():
             place(part, self._attachment.backbone if is_shared(address) else sites[address].host)
+            if dtype := getattr(config, "dtype", None):
+                part.to(dtype=getattr(torch, dtype))
         return Adapter(name, config, method, parts).train(self.training)
 
     def _refuse_taken(self, kind: str, name: str, overwrite_ok: bool) -> None:
@@ -142,18 +169,23 @@ class AdapterModelMixin(TransformersModel):
             raise ConfigError(f"The name of the {kind} should be a string, not {name!r}.")
         if name in getattr(self, f"{kind}s") and not overwrite_ok:
             raise ConfigError(
-                f"There is already one {kind} named {name!r}. Pass overwrite_ok=True to replace "
-                "it, or choose another name (load_as= when loading)."
+                f"There is already one {kind.replace('_', ' ')} named {name!r}. Pass "
+                "overwrite_ok=True to replace it, or choose another name (load_as= when loading)."
             )
 
     def _install(self, adapter: Adapter) -> None:
         """Puts an adapter into the model, in place of one of its name."""
         if adapter.name in self._merged:
             self.reset_adapter()
-        others = [a.parts for name, a in self.adapters.items() if name != adapter.name]
-        self._attachment.sync([*others, adapter.parts])
+        others = [a for name, a in self.adapters.items() if name != adapter.name]
+        self._sync([*others, adapter])
         self.adapters.put(adapter.name, adapter)
         self._changed()
+
+    def _sync(self, adapters: Iterable[Adapter], *fusions: AdapterFusion) -> None:
+        """Registers the hooks that these rely on, with the fusions in the model, and no others."""
+        modules = [*adapters, *self.adapter_fusions.values(), *fusions]
+        self._attachment.sync(module.parts for module in modules)
 
     def _changed(self) -> None:
         """Brings what is derived from adapters and heads up to date."""
@@ -163,7 +195,7 @@ class AdapterModelMixin(TransformersModel):
         runtime.plans.clear()
         active = runtime.active
         try:
-            runtime.active = self._make_plan(active.setup, active.heads)
+            runtime.active = self._make_plan(active.setup, active.heads, active.skip_layers)
         except UnknownNameError:
             # Something that was active is being deleted; the caller decides what holds next.
             runtime.active = Plan()
@@ -179,23 +211,39 @@ class AdapterModelMixin(TransformersModel):
     def active_adapters(self, setup: Setup) -> None:
         self.set_active_adapters(setup)
 
-    def set_active_adapters(self, setup: Setup) -> None:
+    def set_active_adapters(self, setup: Setup, skip_layers: Sequence[int] | None = None) -> None:
         """Activates adapters, and the head of the same name where there is one.
 
         Nothing is trained or frozen by this.
 
         Args:
             setup: A name, a list of names (a Stack), a block, or None for no adapter.
+            skip_layers: Numbers of layers in which no adapter acts (AdapterDrop,
+                arXiv:2010.11918).
 
         Raises:
             UnknownNameError: If an adapter does not exist; nothing is changed then.
             CompositionError: If the setup has no meaning.
         """
         block = parse_composition(setup)
-        self._activate(block, self._heads_for(block, self._attachment.runtime.active.heads))
+        skip = tuple(skip_layers or ())
+        if wrong := [layer for layer in skip if not 0 <= layer < self._attachment.depth]:
+            raise ConfigError(
+                f"skip_layers names layers {wrong}, but the model has {self._attachment.depth}."
+            )
+        heads = self._heads_for(block, self._attachment.runtime.active.heads)
+        self._activate(block, heads, skip)
 
-    def _activate(self, setup: Block | None, heads: tuple[HeadRoute, ...]) -> None:
-        self._attachment.runtime.active = self._make_plan(setup, heads)
+    def _activate(
+        self,
+        setup: Block | None,
+        heads: tuple[HeadRoute, ...],
+        skip_layers: tuple[int, ...] | None = None,
+    ) -> None:
+        """Makes a setup the active one; None keeps the layers that are skipped."""
+        runtime = self._attachment.runtime
+        skip = runtime.active.skip_layers if skip_layers is None else skip_layers
+        runtime.active = self._make_plan(setup, heads, skip)
 
     def _heads_for(
         self, block: Block | None, current: tuple[HeadRoute, ...]
@@ -203,12 +251,19 @@ class AdapterModelMixin(TransformersModel):
         """The heads that a setup brings along; models with static heads have none to choose."""
         return current
 
-    def _make_plan(self, block: Block | None, heads: tuple[HeadRoute, ...]) -> Plan:
+    def _make_plan(
+        self,
+        block: Block | None,
+        heads: tuple[HeadRoute, ...],
+        skip_layers: tuple[int, ...] = (),
+    ) -> Plan:
         names = () if block is None else block.names()
         if unknown := [name for name in names if name not in self.adapters]:
             raise UnknownNameError("adapter", unknown[0], self.adapters, "Add or load it first.")
         parts = {n: {} if n in self._merged else self.adapters[n].parts for n in names}
-        return self._attachment.plan(block, parts, heads)
+        fuses = [b.name for b in (block.blocks() if block else ()) if isinstance(b, Fuse)]
+        fusions = {name: self.adapter_fusions[name].parts for name in fuses}
+        return self._attachment.plan(block, parts, heads, fusions, skip_layers)
 
     def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
         """The plan of one call; None means what is active, an empty list no adapter."""
@@ -217,12 +272,13 @@ class AdapterModelMixin(TransformersModel):
         if adapter_names is None and head is None:
             return active
         block = active.setup if adapter_names is None else parse_composition(adapter_names)
+        skip = active.skip_layers if adapter_names is None else ()
         if torch.compiler.is_compiling():  # what is built while tracing must not outlive it
-            return self._make_plan(block, self._call_heads(block, adapter_names, head))
-        key = (block, tuple(head) if isinstance(head, list) else head, active.heads)
+            return self._make_plan(block, self._call_heads(block, adapter_names, head), skip)
+        key = (block, tuple(head) if isinstance(head, list) else head, active.heads, skip)
         plan = runtime.plans.get(key)
         if plan is None:
-            plan = self._make_plan(block, self._call_heads(block, adapter_names, head))
+            plan = self._make_plan(block, self._call_heads(block, adapter_names, head), skip)
             if len(runtime.plans) >= _PLANS_KEPT:
                 runtime.plans.clear()
             if runtime.active is active:
@@ -251,9 +307,12 @@ class AdapterModelMixin(TransformersModel):
             parameter.requires_grad_(not freeze)
 
     def _backbone_parameters(self) -> list[nn.Parameter]:
-        """The backbone's parameters; where the model is its own backbone, adapters hang in it."""
-        own = {id(parameter) for parameter in self.adapters.parameters()}
-        return [p for p in self._attachment.backbone.parameters() if id(p) not in own]
+        """The backbone's; where the model is its own, adapters and a head may hang in it."""
+        backbone = self._attachment.backbone
+        parts: list[nn.Module] = [backbone]
+        if backbone is self:
+            parts = [backbone.get_submodule(name) for name in self._attachment.own_children()]
+        return list(dict.fromkeys(p for part in parts for p in part.parameters()))
 
     def train_adapter(self, setup: Setup) -> None:
         """Makes exactly these adapters and their heads trainable, and activates them.
@@ -281,43 +340,3 @@ class AdapterModelMixin(TransformersModel):
     def _active_head_modules(self) -> list[nn.Module]:
         """The heads that belong to the active setup."""
         return []
-
-    # --- merging ----------------------------------------------------------------------------
-
-    def merge_adapter(self, adapter_name: str) -> None:
-        """Folds an adapter into the weights it acts on; `reset_adapter` takes it out again.
-
-        The original weights are kept aside, so that they come back bit for bit.
-
-        Raises:
-            UnknownNameError: If there is none of that name.
-            UnsupportedError: If the method cannot be folded in, or an adapter is merged already.
-        """
-        adapter = self.adapters[adapter_name]
-        if self._merged:
-            raise UnsupportedError(
-                f"{next(iter(self._merged))!r} is merged already; call reset_adapter() first."
-            )
-        kept: list[_Original] = []
-        folded = []
-        with torch.no_grad():
-            for address, part in adapter.parts.items():
-                site = self._attachment.sites[address]
-                if not isinstance(site, AttachedLinear):
-                    raise UnsupportedError(f"{type(adapter.method).__name__} cannot be merged.")
-                weight, bias = site.projection.weight, site.projection.bias
-                folded.append(adapter.method.merged(part, weight, bias))
-                own = None if bias is None else bias.clone()
-                kept.append((site.projection, weight.clone(), own))
-            for (projection, _, _), new in zip(kept, folded, strict=True):
-                projection.write(*new)
-        self._merged[adapter_name] = kept
-        self._changed()
-
-    def reset_adapter(self) -> None:
-        """Takes a merged adapter out of the weights again, bit for bit."""
-        for kept in self._merged.values():
-            for projection, weight, bias in kept:
-                projection.write(weight, bias)
-        self._merged.clear()
-        self._changed()

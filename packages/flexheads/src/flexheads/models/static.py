@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
@@ -20,17 +20,22 @@ from flexheads.errors import (
     UnsupportedError,
 )
 from flexheads.heads.base import label_names
-from flexheads.models.files import SavingMixin, reading
+from flexheads.models.averaging import AveragingMixin
+from flexheads.models.files import reading
 from flexheads.models.inputs import input_names, repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
+from flexheads.models.setups import SetupMixin
 from flexheads.models.signature import signed
 from flexheads.models.static_heads import StaticHead
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import compiled
 
+_ARGUMENTS = ("adapter_names", *ARGUMENTS)
 
-class StaticModelMixin(WholeModelMixin, SavingMixin):
+
+class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
     """Adapter support on a transformers class; `init` puts it in front of the class in hand."""
 
     static_class: ClassVar[type[PreTrainedModel]]
@@ -51,6 +56,9 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
         return _rebuild, (self.static_class,), self.__dict__
 
     def _planned_forward(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
+        if asked := take_asked(kwargs):
+            call = functools.partial(self.forward, *args, adapter_names=adapter_names, **kwargs)
+            return with_scores(self, asked, call)
         plan = self._call_plan(adapter_names)
         if plan.routing.repeat > 1:
             kwargs = repeat_rows(
@@ -111,9 +119,8 @@ class StaticModelMixin(WholeModelMixin, SavingMixin):
             return head
         assert isinstance(head, SavedHead)
         conversion = registry().conversion(own)
-        backbone = self._attachment.backbone
-        embeddings: Tensor | None = backbone.get_input_embeddings().weight
-        return convert_to_static([head], conversion, backbone.config, embeddings)
+        config = self._attachment.backbone.config
+        return convert_to_static([head], conversion, config, self._embeddings())
 
     def _prepare_head(
         self,
@@ -211,7 +218,10 @@ def attach(model: Any) -> None:
     spec = registry().architecture_for(model.config.model_type)
     backbone_class = resolve(spec.backbone)
     backbone = model.base_model
-    if not isinstance(backbone, backbone_class):
+    # Some classes hold the backbone's parts themselves, and some only one side of them.
+    family = next(c for c in backbone_class.__mro__ if c.__name__.endswith("PreTrainedModel"))
+    sided = any(layers.side is not None for layers in spec.layers)
+    if not isinstance(backbone, family if sided else backbone_class):
         raise UnsupportedError(
             f"The base model of {type(model).__name__} is a {type(backbone).__name__}; "
             f"architecture {spec.name!r} is about {backbone_class.__name__}."
@@ -242,7 +252,7 @@ def _with_adapters(original: Any) -> Any:
         "__doc__": original.__doc__,
         "static_class": original,
         "input_names": input_names(original.forward),
-        "forward": signed(StaticModelMixin._planned_forward, original.forward, ("adapter_names",)),
+        "forward": signed(StaticModelMixin._planned_forward, original.forward, _ARGUMENTS),
     }
     return type(original.__name__, (StaticModelMixin, original), body)
 

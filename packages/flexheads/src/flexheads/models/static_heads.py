@@ -12,6 +12,7 @@ from flexheads.checkpoints.bundle import SavedStaticHead
 from flexheads.errors import CheckpointError
 from flexheads.heads.base import label_names
 from flexheads.heads.classification import ProblemType
+from flexheads.models.container import NamedModules
 
 
 class StaticHead:
@@ -27,21 +28,17 @@ class StaticHead:
     def __init__(self, model: Any) -> None:
         self.model = model
         backbone = model._attachment.backbone
-        outside = (f"{backbone.base_model_prefix}.", "adapters.")
-        state = {} if backbone is model else model.state_dict()
-        self.keys = tuple(key for key in state if not key.startswith(outside))
+        inside = {n for n, c in model.named_children() if c is backbone or isinstance(c, NamedModules)}
+        if backbone is model:
+            inside |= set(model._attachment.own_children())
+        self.children = [c for c in model.named_children() if c[0] not in inside]
+        state = model.state_dict() if self.children else {}
+        self.keys = tuple(key for key in state if key.partition(".")[0] not in inside)
         self.state = {key: state[key] for key in self.keys}
 
     def modules(self) -> list[nn.Module]:
         """The modules outside of the backbone."""
-        if self.model._attachment.backbone is self.model:
-            return []
-        backbone = self.model._attachment.backbone
-        return [
-            module
-            for name, module in self.model.named_children()
-            if module is not backbone and name != "adapters"
-        ]
+        return [child for _, child in self.children]
 
     def saved(self) -> SavedStaticHead | None:
         """The head as it is saved, or None for a class without one."""
@@ -64,7 +61,7 @@ class StaticHead:
         """
         problems = [f"{key} is missing" for key in self.keys if key not in head.tensors]
         problems += [f"{key} is left over" for key in head.tensors if key not in self.state]
-        shared = {p.data_ptr() for p in self.model._attachment.backbone.parameters()}
+        shared = {p.data_ptr() for p in self.model._backbone_parameters()}
         for key, tensor in self.state.items():
             new = head.tensors.get(key)
             if new is None:

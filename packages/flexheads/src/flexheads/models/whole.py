@@ -18,15 +18,16 @@ from flexheads.checkpoints.transfer import fill
 from flexheads.composition import from_json, to_json
 from flexheads.errors import CheckpointError, UnsupportedError
 from flexheads.methods.config import load_config
+from flexheads.methods.fusion import AdapterFusionConfig
 from flexheads.models.files import library_version, reading
-from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.sharing import SharingMixin
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry
 
 logger = logging.getLogger(__name__)
 
 _KEY = "flexheads"
-_OWN = ("adapters.", "heads.")
+_OWN = ("adapters.", "adapter_fusions.", "heads.")
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -37,7 +38,7 @@ _HUB_ARGUMENTS = (
 )
 
 
-class WholeModelMixin(AdapterModelMixin):
+class WholeModelMixin(SharingMixin):
     """``save_pretrained`` for models with adapters.
 
     All tensors go where transformers puts them, under ``adapters.`` and ``heads.`` beside the
@@ -65,6 +66,8 @@ class WholeModelMixin(AdapterModelMixin):
             )
         config = self._attachment.backbone.config
         config.flexheads = describe(self)
+        if (state := self._unshared_state(kwargs.get("state_dict"))) is not None:
+            kwargs["state_dict"] = state
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
@@ -78,8 +81,14 @@ def describe(model: Any) -> dict[str, Any]:
     return {
         "version": library_version(),
         "adapters": [[name, adapter.config.to_dict()] for name, adapter in model.adapters.items()],
+        "adapter_fusions": [
+            [name, list(fusion.members), fusion.config.to_dict()]
+            for name, fusion in model.adapter_fusions.items()
+        ],
         "heads": [[name, _provider(head), head.to_dict()] for name, head in heads.items()],
+        "shared": {group: list(names) for group, names in model._sharing().items()},
         "active_adapters": to_json(active.setup),
+        "skip_layers": list(active.skip_layers),
         "active_heads": [[route.head, route.chain] for route in active.heads],
     }
 
@@ -132,6 +141,14 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
             own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
             fill(adapter, own, f"{path}: adapter {name!r}")
             model._install(adapter)
+        for group, names in described.get("shared", {}).items():
+            model.share_parameters(names, group)
+        for name, members, fields in described.get("adapter_fusions", ()):
+            config = AdapterFusionConfig.load(fields)
+            fusion = model._build_fusion(name, tuple(members), config)
+            own = _take(tensors, f"adapter_fusions.{model.adapter_fusions.key(name)}.")
+            fill(fusion, own, f"{path}: fusion {name!r}")
+            model._install_fusion(fusion)
         for name, provider, fields in described["heads"] if hasattr(model, "heads") else ():
             fields = dict(fields)
             head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
@@ -140,7 +157,8 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
         # A class with a static head leaves flexible heads, and so what was active of them, behind.
         active = described["active_heads"] if hasattr(model, "heads") else ()
         heads = tuple(HeadRoute(*route) for route in active)
-        model._activate(from_json(described["active_adapters"]), heads)
+        skip_layers = tuple(described.get("skip_layers", ()))
+        model._activate(from_json(described["active_adapters"]), heads, skip_layers)
 
 
 def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

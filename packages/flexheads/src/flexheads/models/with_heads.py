@@ -14,20 +14,27 @@ from flexheads.errors import LabelError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import Features
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.add_heads import AddHeadsMixin
+from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
-from flexheads.models.inputs import flatten_choices, input_names, repeat_rows
+from flexheads.models.inputs import (
+    flatten_choices,
+    input_names,
+    repeat_rows,
+    with_decoder_inputs,
+)
+from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
-from flexheads.sites.attach import EMBEDDINGS
+from flexheads.sites.attach import EMBEDDINGS, TOKENS
 from flexheads.specs import ArchitectureSpec
 
 _LABELS = ("labels", "start_positions", "end_positions")
-_ARGUMENTS = (*_LABELS, "adapter_names", "head", "return_dict")
+_ARGUMENTS = (*_LABELS, "adapter_names", "head", "return_dict", *ARGUMENTS)
 
 
-class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
+class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
     """A backbone with named adapters and named heads; see `with_heads_class`."""
 
     spec: ClassVar[ArchitectureSpec]
@@ -88,7 +95,8 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
             head: The head or heads of this call; None is the active one, an empty list none.
             return_dict: False for a plain tuple.
             kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
-                ``end_positions`` for one head, or ``labels={head: ...}`` for several.
+                ``end_positions`` for one head, or ``labels={head: ...}`` for several;
+                ``output_adapter_gating_scores`` and ``output_adapter_fusion_attentions``.
 
         Returns:
             The output of the head, a `MultiHeadOutput` of several, or the backbone's own output
@@ -99,10 +107,15 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
             CompositionError: If the setup does not fit the batch.
             LabelError: If labels are given and there is no head for them.
         """
+        if asked := take_asked(kwargs):
+            how: Any = {"adapter_names": adapter_names, "head": head, "return_dict": return_dict}
+            return with_scores(self, asked, lambda: self.forward(*args, **how, **kwargs))
         plan = self._call_plan(adapter_names, head)
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         labels = {name: inputs.pop(name) for name in self._label_names(plan) if name in inputs}
         labels = self._labels_by_head(plan, {k: v for k, v in labels.items() if v is not None})
+        if getattr(self.config, "is_encoder_decoder", False):
+            inputs = with_decoder_inputs(inputs, self._written(plan, labels), self.config)
         inputs, choices = flatten_choices(inputs)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
@@ -118,16 +131,34 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
     def _features(
         self, plan: Plan, inputs: Mapping[str, Any], output: ModelOutput, choices: int | None
     ) -> Features:
-        op = plan.ops.get(EMBEDDINGS)
+        op, tokens = plan.ops.get(EMBEDDINGS), plan.ops.get(TOKENS)
         return Features(
             output,
             pooling=self.spec.pooling,
+            pad=getattr(self.config, "pad_token_id", None),
+            eos=getattr(self.config, "eos_token_id", None),
+            scale=self._scale(),
             attention_mask=inputs.get("attention_mask"),
             input_ids=inputs.get("input_ids"),
             choices=choices,
             embeddings=self._embeddings(),
             undo=None if op is None else op.inverse,
+            rescore=None if tokens is None else tokens.scores,
         )
+
+    def _scale(self) -> float:
+        """What language-model heads multiply the hidden states by."""
+        names = self.spec.scaled_if
+        for name in (names,) if isinstance(names, str) else names or ():
+            if hasattr(self.config, name):
+                return float(self.config.hidden_size**-0.5) if getattr(self.config, name) else 1.0
+        return 1.0
+
+    def _written(self, plan: Plan, labels: Mapping[str, Mapping[str, Any]]) -> Any:
+        """The labels of the first head whose labels a decoder writes, or None."""
+        writing = [route.head for route in plan.heads if self.heads[route.head].writes_labels]
+        given = (labels.get(name, {}).get("labels") for name in writing)
+        return next((value for value in given if value is not None), None)
 
     def _run_heads(
         self, plan: Plan, features: Features, labels: Mapping[str, Mapping[str, Any]]
@@ -172,8 +203,12 @@ class ModelWithHeads(WholeModelMixin, AddHeadsMixin):
 
 
 def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:
-    op = plan.ops.get(EMBEDDINGS)
-    return features.select(lambda t: t[rows], None if op is None else op.for_chain(chain).inverse)
+    op, tokens = plan.ops.get(EMBEDDINGS), plan.ops.get(TOKENS)
+    return features.select(
+        lambda t: t[rows],
+        None if op is None else op.for_chain(chain).inverse,
+        None if tokens is None else tokens.for_chain(chain).scores,
+    )
 
 
 def _is_whole(plan: Plan) -> bool:

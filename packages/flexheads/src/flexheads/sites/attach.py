@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from flexheads.composition import Block, Fuse
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.plan import HeadRoute, Plan
+from flexheads.plugins import resolve
 from flexheads.routing import Chain, chain_of, route
 from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import CALL, AttachedSite, compiled
@@ -24,6 +25,7 @@ from flexheads.sites.output import AttachedOutput
 from flexheads.sites.residual import AttachedResidual
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
+from flexheads.sites.tokens import AttachedTokens
 from flexheads.specs import ArchitectureSpec, LayerSpec, Path, ResidualSite
 
 RESIDUAL_ROLES = ("attention", "cross_attention", "feed_forward")
@@ -83,7 +85,7 @@ class Attachment:
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
         self._handles: dict[tuple[str, str], RemovableHandle] = {}
-        self._call = CallInputs(self.runtime, backbone)
+        self._call = CallInputs(self.runtime, backbone, spec.layers)
         for site in self._find_sites(model):
             self.sites[site.address] = site
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -94,23 +96,53 @@ class Attachment:
             host = find_module(self.backbone, self.spec.embeddings, owner)
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             width = getattr(config, "embedding_size", None) or config.hidden_size
-            yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs)
+            acts_on = self.spec.embeddings_from
+            yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs, acts_on)
         tokens = self.backbone.get_input_embeddings()
-        if self.spec.inputs == "tokens" and isinstance(tokens, nn.Embedding):
-            width = tokens.embedding_dim
-            yield AttachedOutput(TOKENS, TOKENS, None, tokens, width, self.runtime)
-        for stack in range(len(self.spec.layers)):
-            layers = self.spec.layers[stack]
+        # Two sides share the weights of that module, but need not call the module itself.
+        single = all(layers.side is None for layers in self.spec.layers)
+        if self.spec.inputs == "tokens" and single and isinstance(tokens, nn.Embedding):
+            outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            yield AttachedTokens(TOKENS, tokens, self.runtime, outputs)
+        for stack, layers in enumerate(self.spec.layers):
+            if self._lacks(layers.path):
+                continue
             for index, layer in enumerate(
                 find_module(self.backbone, layers.path, owner).children()
             ):
                 yield from self._find_layer_sites(layer, layers, stack, index, owner)
                 self.depth += 1
         for number, path in enumerate(self.spec.norms):
+            if self._lacks(path):
+                continue
             host = find_module(self.backbone, path, owner)
             yield AttachedOutput(
                 f"norms.{number}", "norm", None, host, config.hidden_size, self.runtime
             )
+
+    def _lacks(self, path: Path) -> bool:
+        """Whether a path is about the side of an encoder-decoder that this backbone lacks."""
+        sides = [layers.side for layers in self.spec.layers if layers.side is not None]
+        named = _first(path).partition(".")[0]
+        return named in sides and not hasattr(self.backbone, named)
+
+    def own_children(self) -> tuple[str, ...]:
+        """The names of the backbone's direct children that are the backbone.
+
+        A class with a head can be its own backbone: it holds the backbone's parts and the head's
+        side by side.
+        """
+        spec, backbone = self.spec, self.backbone
+        if isinstance(backbone, resolve(spec.backbone)):
+            return tuple(n for n, _ in backbone.named_children() if not n.startswith("adapter"))
+        paths = [spec.embeddings, *spec.norms, *(layers.path for layers in spec.layers)]
+        named = {
+            alternative.partition(".")[0]
+            for path in paths
+            for alternative in ((path,) if isinstance(path, str) else path or ())
+        }
+        tokens = backbone.get_input_embeddings()
+        return tuple(n for n, m in backbone.named_children() if n in named or m is tokens)
 
     def _find_layer_sites(
         self, layer: nn.Module, layers: LayerSpec, stack: int, index: int, owner: str
@@ -154,6 +186,8 @@ class Attachment:
                     stack=stack,
                     index=index,
                     side=layers.side,
+                    location=layers.adapterhub.get(f"{role}.prefix"),
+                    projections=_projections(layer, layers, role, owner),
                 )
         yield AttachedHidden(
             f"{start}.{HIDDEN_ROLE}", HIDDEN_ROLE, number, layer, width, runtime, side=layers.side
@@ -164,14 +198,20 @@ class Attachment:
 
     def paths(self) -> dict[str, str]:
         """For every site its path in AdapterHub files, relative to the backbone."""
-        found = {name: name for name in (EMBEDDINGS, TOKENS) if name in self.sites}
-        number = 0
+        found = {TOKENS: TOKENS} if TOKENS in self.sites else {}
+        if EMBEDDINGS in self.sites:
+            found[EMBEDDINGS] = self.spec.adapterhub.get(EMBEDDINGS, "")
+        number, renamed = 0, self.renamed()
         for layers in self.spec.layers:
+            if self._lacks(layers.path):
+                continue
             stack = find_module(self.backbone, layers.path, self.spec.name)
             for index in range(len(stack)):  # type: ignore[arg-type]
                 start = f"{_first(layers.path)}.{index}"
                 for role in (*RESIDUAL_ROLES, *LINEAR_ROLES, *ATTENTION_ROLES):
-                    path = layers.adapterhub.get(role, getattr(layers, role))
+                    path = getattr(layers, role)
+                    if role not in renamed:
+                        path = layers.adapterhub.get(role, path)
                     if path is not None and not isinstance(path, ResidualSite):
                         found[f"layers.{number}.{role}"] = f"{start}.{_first(path)}"
                 found[f"layers.{number}.{HIDDEN_ROLE}"] = start
@@ -179,6 +219,16 @@ class Attachment:
                     found[f"layers.{number}.norms.{place}"] = f"{start}.{_first(path)}"
                 number += 1
         found |= {f"norms.{place}": _first(path) for place, path in enumerate(self.spec.norms)}
+        return found
+
+    def renamed(self) -> dict[str, str]:
+        """The roles of projections that AdapterHub files call by one another's names."""
+        found = {}
+        for layers in self.spec.layers:
+            own = {_first(p): role for role in LINEAR_ROLES if (p := getattr(layers, role))}
+            given = {r: p for r, p in layers.adapterhub.items() if r in LINEAR_ROLES}
+            named = {role: own.get(path, role) for role, path in given.items()}
+            found |= {role: other for role, other in named.items() if role != other}
         return found
 
     def sync(self, adapters: Iterable[Mapping[str, nn.Module]]) -> None:
@@ -192,7 +242,7 @@ class Attachment:
                 by itself. (A model that is compiled as a whole sees them, see `Runtime.version`.)
         """
         needed = {
-            ("" if hook == CALL else address, hook)
+            ("" if hook.partition(".")[0] == CALL else address, hook)
             for parts in adapters
             for address, part in parts.items()
             for hook in self.sites[address].needed(part)
@@ -211,6 +261,17 @@ class Attachment:
             site = self.sites[address] if address else self._call
             self._handles[address, hook] = site.register(hook)
         self.runtime.version += bool(old or new)
+
+    def replace_host(self, old: nn.Module, new: nn.Module) -> None:
+        """Takes the sites of one module to another that stands in its place."""
+        for address, site in self.sites.items():
+            if site.host is not old:
+                continue
+            site.host = new
+            for key in [key for key in self._handles if key[0] == address]:
+                self._handles[key].remove()
+                self._handles[key] = site.register(key[1])
+                self.runtime.version += 1
 
     def plan(
         self,
@@ -263,6 +324,18 @@ class Attachment:
                 own = fusions.get(step.name, {}) if isinstance(step, Fuse) else {}
                 parts.append(combine(site, step, branches, own.get(site.address)))
         return parts
+
+
+def _projections(
+    layer: nn.Module, layers: LayerSpec, role: str, owner: str
+) -> tuple[nn.Module, nn.Module] | None:
+    """The key and the value projection of an attention, where they are modules of their own."""
+    words = ("key", "value") if role == "self_attention" else ("cross_key", "cross_value")
+    paths = [None if word in layers.fused else getattr(layers, word) for word in words]
+    if None in paths:
+        return None
+    key, value = (find_module(layer, path, owner) for path in paths)
+    return key, value
 
 
 def _first(path: Path) -> str:

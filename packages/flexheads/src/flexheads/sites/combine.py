@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ def combine(site: AttachedSite, block: Block, branches: Sequence[Branch], fusion
                 "that act at the same places."
             )
         return Fused(branches, fusion)
+    if site.kind == "residual" and len({_replaces(branch) for branch in branches}) > 1:
+        raise CompositionError(
+            f"{block!r}: some of these adapters take the place of the layer's own norm at "
+            f"{site.address} and others do not. Use adapters of one kind."
+        )
     if isinstance(block, Average):
         if site.kind == "residual":
             return AveragedStream(branches, block.weights)
@@ -76,9 +81,7 @@ class Fused:
         self.last: ResidualPart = branches[-1][-1]
         self.replaces_norm = self.last.replaces_norm
         needs = {need for branch in branches for part in branch for need in part.needs}
-        if fusion.config.query_before_ln or fusion.config.residual_before:
-            needs.add("x")
-        self.needs = frozenset(needs)
+        self.needs = frozenset(needs | fusion.needs)
 
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
@@ -110,9 +113,8 @@ class _StreamBlock:
     def __init__(self, branches: Sequence[Branch]) -> None:
         self.branches = branches
         parts = [part for branch in branches for part in branch]
-        self.replaces_norm = bool(branches[-1]) and bool(branches[-1][-1].replaces_norm)
-        # Every branch gives its whole stream, so that streams can be put together.
-        self.needs = frozenset({need for part in parts for need in part.needs} | {"total", "x"})
+        self.replaces_norm = _replaces(branches[-1])
+        self.needs = frozenset({need for part in parts for need in part.needs})
 
 
 class AveragedStream(_StreamBlock):
@@ -125,11 +127,7 @@ class AveragedStream(_StreamBlock):
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
         streams = [run_stream(branch, stream) for branch in self.branches]
-        total, x = (
-            _mean([s[which] for s in streams], self.weights)  # type: ignore[misc]
-            for which in (0, 1)
-        )
-        return Stream(total, x, stream.r, stream.norm)
+        return _put_together(streams, stream, lambda tensors: _mean(tensors, self.weights))
 
 
 class SplitStream(_StreamBlock):
@@ -141,16 +139,13 @@ class SplitStream(_StreamBlock):
 
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
-        cut = [
-            [None] * len(self.splits) if t is None else cut_sequence(t, self.splits)
-            for t in stream[:3]
-        ]
+        none = (None,) * len(self.splits)
+        total, x, r = (none if t is None else cut_sequence(t, self.splits) for t in stream[:3])
         streams = [
             run_stream(branch, Stream(*own, stream.norm))
-            for branch, *own in zip(self.branches, *cut, strict=True)
+            for branch, own in zip(self.branches, zip(total, x, r, strict=True), strict=True)
         ]
-        total, x = (torch.cat([s[i] for s in streams], dim=1) for i in (0, 1))  # type: ignore[misc]
-        return Stream(total, x, stream.r, stream.norm)
+        return _put_together(streams, stream, lambda tensors: torch.cat(list(tensors), dim=1))
 
 
 class Combined(nn.Module):
@@ -221,6 +216,24 @@ def run_stream(branch: Branch, stream: Stream) -> Stream:
     return stream
 
 
+def _replaces(branch: Branch) -> bool:
+    return bool(branch) and bool(branch[-1].replaces_norm)
+
+
+def _put_together(
+    streams: Sequence[Stream], whole: Stream, join: Callable[[Sequence[Tensor]], Tensor]
+) -> Stream:
+    """One stream from those of several branches, as far as all of them have its tensors."""
+    totals = [s.total for s in streams if s.total is not None]
+    xs = [s.x for s in streams if s.x is not None]
+    return Stream(
+        join(totals) if len(totals) == len(streams) else None,
+        join(xs) if len(xs) == len(streams) else None,
+        whole.r,
+        whole.norm,
+    )
+
+
 def cut_sequence(tensor: Tensor, splits: Sequence[int]) -> tuple[Tensor, ...]:
     """Consecutive positions of ``(batch, sequence, ...)``.
 
@@ -235,8 +248,8 @@ def cut_sequence(tensor: Tensor, splits: Sequence[int]) -> tuple[Tensor, ...]:
     return torch.split(tensor, list(splits), dim=1)
 
 
-def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    mean = tensors[0] * weights[0]
+def _mean(tensors: Sequence[Any], weights: Sequence[float]) -> Tensor:
+    mean: Tensor = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         mean = mean + tensor * weight
     return mean

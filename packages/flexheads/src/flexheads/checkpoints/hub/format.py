@@ -16,6 +16,19 @@ from flexheads.checkpoints.bundle import (
     SavedStaticHead,
 )
 from flexheads.checkpoints.hub.configs import hub_config, modern_config
+from flexheads.checkpoints.hub.envelope import (
+    envelope,
+    find_weights,
+    read_provenance,
+    require_weights,
+    required_field,
+)
+from flexheads.checkpoints.hub.fusion import (
+    FUSION_CONFIG,
+    FUSION_WEIGHTS,
+    read_fusion,
+    write_fusion,
+)
 from flexheads.checkpoints.hub.heads import HeadNames, modern_head_config
 from flexheads.checkpoints.hub.methods import adapter_names
 from flexheads.checkpoints.store import read_json, read_tensors, write_json, write_tensors
@@ -27,13 +40,14 @@ HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 
 
 class AdapterHubFormat(Format):
-    """Up to four files: a configuration and the weights, of an adapter and of a head."""
+    """A configuration and the weights, of an adapter or a fusion and of a head."""
 
     def detect(self, directory: Path) -> bool:
         return any(
-            (directory / config).is_file() and _weights(directory, weights) is not None
+            (directory / config).is_file() and find_weights(directory, weights) is not None
             for config, weights in (
                 (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
+                (FUSION_CONFIG, FUSION_WEIGHTS),
                 (HEAD_CONFIG, HEAD_WEIGHTS),
             )
         )
@@ -42,24 +56,32 @@ class AdapterHubFormat(Format):
         adapter, adapter_from = None, Provenance()
         if (directory / ADAPTER_CONFIG).is_file():
             content = read_json(directory / ADAPTER_CONFIG)
-            adapter_from = _provenance(content)
+            adapter_from = read_provenance(content)
             layout.check(adapter_from, "adapter", directory)
             adapter = self._read_adapter(directory, content, layout)
+        fusion, fusion_from = None, Provenance()
+        if (directory / FUSION_CONFIG).is_file():
+            content = read_json(directory / FUSION_CONFIG)
+            fusion_from = read_provenance(content)
+            layout.check(fusion_from, "fusion", directory)
+            fusion = read_fusion(directory, content, layout)
         head, head_from = None, Provenance()
         if with_head and (directory / HEAD_CONFIG).is_file():
             content = read_json(directory / HEAD_CONFIG)
-            head_from = _provenance(content)
+            head_from = read_provenance(content)
             layout.check(head_from, "head", directory)
-            head = self._read_head(directory, content)
-        elif with_head and (weights := _weights(directory, HEAD_WEIGHTS)) is not None:
+            head = self._read_head(directory, content, layout)
+        elif with_head and (weights := find_weights(directory, HEAD_WEIGHTS)) is not None:
             raise CheckpointError(
                 f"{weights} is there, but no {HEAD_CONFIG} that says what it is. Load with "
                 "with_head=False to leave it out."
             )
         return Bundle(
             adapter=adapter,
+            fusion=fusion,
             head=head,
             adapter_from=adapter_from,
+            fusion_from=fusion_from,
             head_from=head_from,
             source=directory,
         )
@@ -67,9 +89,12 @@ class AdapterHubFormat(Format):
     def _read_adapter(
         self, directory: Path, content: Mapping[str, Any], layout: Layout
     ) -> SavedAdapter:
-        path = _require(directory, ADAPTER_WEIGHTS)
-        name, config = _field(content, "name", directory), _field(content, "config", directory)
-        config = content.get("flexheads", {}).get("config") or modern_config(content)
+        path = require_weights(directory, ADAPTER_WEIGHTS)
+        name, config = (
+            required_field(content, "name", directory),
+            required_field(content, "config", directory),
+        )
+        config = content.get("flexheads", {}).get("config") or modern_config(content, layout)
         names = adapter_names(name, config, layout, old=content.get("version") is None)
         tensors, unexpected = names.read(read_tensors(path))
         if unexpected:
@@ -78,23 +103,27 @@ class AdapterHubFormat(Format):
                 f"{layout.architecture} model: {', '.join(sorted(unexpected)[:5])}. The file is "
                 "damaged, or was made for another architecture."
             )
-        return SavedAdapter(name=name, config=config, tensors=tensors)
+        return SavedAdapter(name=name, config=names.config, tensors=tensors)
 
     def _read_head(
-        self, directory: Path, content: Mapping[str, Any]
+        self, directory: Path, content: Mapping[str, Any], layout: Layout
     ) -> SavedHead | SavedStaticHead:
-        path = _require(directory, HEAD_WEIGHTS)
+        path = require_weights(directory, HEAD_WEIGHTS)
         raw, config = read_tensors(path), content.get("config")
         if config is None:
+            # Of some classes the library saves the whole backbone, or shared prefixes, as the head.
+            raw = {k: t for k, t in raw.items() if layout.below(k) == k and _is_of_head(k)}
             labels = content.get("label2id")
             return SavedStaticHead(
-                model_class=_field(content, "model_class", directory),
+                model_class=required_field(content, "model_class", directory),
                 tensors=raw,
                 label2id=labels and {name: int(number) for name, number in labels.items()},
                 problem_type=content.get("problem_type"),
             )
-        name = _field(content, "name", directory)
+        name = required_field(content, "name", directory)
         config = content.get("flexheads", {}).get("config") or modern_head_config(content)
+        if config.get("use_pooler") and not layout.pooler:
+            config["use_pooler"] = False  # where there is none, the library does not look at it
         names = HeadNames(config)
         tensors, unexpected = {}, []
         for key, tensor in raw.items():
@@ -113,16 +142,18 @@ class AdapterHubFormat(Format):
     def write(self, bundle: Bundle, directory: Path, layout: Layout) -> None:
         adapter, head = bundle.adapter, bundle.head
         if adapter is not None:
-            config = hub_config(adapter.config)
-            content = _envelope(bundle.adapter_from, adapter.name, config)
+            config = hub_config(adapter.config, layout)
+            content = envelope(bundle.adapter_from, adapter.name, config)
             if config != dict(adapter.config):
                 content["flexheads"]["config"] = dict(adapter.config)
             tensors = adapter_names(adapter.name, adapter.config, layout).write(adapter.tensors)
             write_json(directory / ADAPTER_CONFIG, content)
             write_tensors(directory / ADAPTER_WEIGHTS[0], tensors)
+        if bundle.fusion is not None:
+            write_fusion(bundle, bundle.fusion, directory, layout)
         if isinstance(head, SavedHead):
             names = HeadNames(head.config)
-            content = _envelope(bundle.head_from, head.name, names.hub_config())
+            content = envelope(bundle.head_from, head.name, names.hub_config())
             content["flexheads"]["config"] = dict(head.config)
             tensors = {names.key(key, head.name): tensor for key, tensor in head.tensors.items()}
             if head.embeddings is not None:
@@ -130,7 +161,7 @@ class AdapterHubFormat(Format):
             write_json(directory / HEAD_CONFIG, content)
             write_tensors(directory / HEAD_WEIGHTS[0], tensors)
         elif head is not None:
-            content = _envelope(bundle.head_from, None, None)
+            content = envelope(bundle.head_from, None, None)
             content |= {"model_class": head.model_class, "problem_type": head.problem_type}
             if head.label2id is not None:
                 content |= {"label2id": dict(head.label2id), "num_labels": len(head.label2id)}
@@ -138,42 +169,5 @@ class AdapterHubFormat(Format):
             write_tensors(directory / HEAD_WEIGHTS[0], head.tensors)
 
 
-def _envelope(
-    origin: Provenance, name: str | None, config: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "config": config,
-        "hidden_size": origin.hidden_size,
-        "model_class": origin.model_class,
-        "model_name": origin.model_name,
-        "model_type": origin.model_type,
-        "name": name,
-        "version": origin.version,
-        "flexheads": {"provider": origin.provider},
-    }
-
-
-def _provenance(content: Mapping[str, Any]) -> Provenance:
-    keys = ("model_type", "model_class", "model_name", "hidden_size", "version")
-    own = content.get("flexheads", {})
-    return Provenance(**{key: content.get(key) for key in keys}, provider=own.get("provider"))
-
-
-def _field(content: Mapping[str, Any], key: str, directory: Path) -> Any:
-    if content.get(key) is None:
-        raise CheckpointError(f"{directory}: the configuration has no {key!r}; it is damaged.")
-    return content[key]
-
-
-def _weights(directory: Path, names: tuple[str, ...]) -> Path | None:
-    return next((directory / name for name in names if (directory / name).is_file()), None)
-
-
-def _require(directory: Path, names: tuple[str, ...]) -> Path:
-    path = _weights(directory, names)
-    if path is None:
-        raise CheckpointError(
-            f"{directory} has a configuration but no weights: there should be a file "
-            f"{' or '.join(names)}."
-        )
-    return path
+def _is_of_head(key: str) -> bool:
+    return not key.startswith(("prefix_tuning.", "shared_parameters."))

@@ -7,12 +7,17 @@ from typing import Any
 
 from flexheads.checkpoints.hub.configs import OLD_ACTIVATIONS
 
+_MULTILABEL = "multilabel_classification"
+LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq_lm")
+# Fields that the library's configurations of these types do not have.
+_UNKNOWN = {"masked_lm": ("dropout_prob",), "seq2seq_lm": ("dropout_prob", "embedding_size")}
+
 
 def modern_head_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in a saved flexible head of any age, in the fields of today."""
     config = dict(content["config"])
     config.pop("shift_labels", None)
-    if config["head_type"] in ("masked_lm", "causal_lm"):
+    if config["head_type"] in LANGUAGE_MODELS:
         config.pop("label2id", None)
     elif config.get("label2id"):
         config["label2id"] = {name: int(number) for name, number in config["label2id"].items()}
@@ -29,7 +34,7 @@ class HeadNames:
         config: The head's configuration with its ``head_type``.
     """
 
-    _EXTRA = ("problem_type", "tied")
+    _EXTRA = ("problem_type", "tied", "scaled")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -37,11 +42,12 @@ class HeadNames:
         layers = int(config.get("layers") or 1)
         acts = config.get("activation_function") is not None
         self.words: dict[str, str] = {}
-        if self.type in ("masked_lm", "causal_lm"):
+        if self.type in LANGUAGE_MODELS:
             step = 1 + acts + bool(config.get("layer_norm"))
             for layer in range(layers - 1):
                 self.words[f"layers.{layer}.dense"] = str(layer * step)
-                self.words[f"layers.{layer}.norm"] = str(layer * step + 1 + acts)
+                if config.get("layer_norm"):
+                    self.words[f"layers.{layer}.norm"] = str(layer * step + 1 + acts)
             for parameter in ("weight", "bias"):
                 self.words[parameter] = f"{(layers - 1) * step}.{parameter}"
         elif "layers" in config:
@@ -75,12 +81,13 @@ class HeadNames:
     def hub_config(self) -> dict[str, Any]:
         """The configuration in fields that the `adapters` library knows."""
         config = {key: value for key, value in self.config.items() if key not in self._EXTRA}
-        if self.type in ("masked_lm", "causal_lm"):
+        if self.type in LANGUAGE_MODELS:
             config |= {"shift_labels": self.type == "causal_lm", "label2id": None}
-            if self.type == "masked_lm":
-                config.pop("dropout_prob")
+            for field in _UNKNOWN.get(self.type, ()):
+                config.pop(field)
         if self.config.get("problem_type") == "multi_label_classification":
-            config["head_type"] = "multilabel_classification"
+            own_field = "multilabel" in config
+            config |= {"multilabel": True} if own_field else {"head_type": _MULTILABEL}
         if self.type == "multiple_choice" and config["num_choices"] is None:
             # That library needs a number; where the input tells it, this one stays as it is.
             config["num_choices"] = len(config["label2id"] or ()) or 2

@@ -109,7 +109,7 @@ class AdapterNames:
 
     def modern(self, key: str) -> str:
         """A key without the backbone's prefix, in the words of the third generation."""
-        key = key.removeprefix(self.prefix)
+        key = self.layout.below(key)
         if self.old:
             for before, after in _FIRST_GENERATION.items():
                 key = key.replace(f"{before}.{self.name}.", f"{after}.{self.name}.")
