@@ -8,5 +8,5 @@ Where a peer is wrong its numbers are no target: those cases assert the right ou
 import pytest
 
 # Helpers with assertions, which pytest explains as it does those of tests.
-for helper in ("common", "cases", "mistakes"):
+for helper in ("common", "cases", "mistakes", "magnitudes"):
     pytest.register_assert_rewrite(f"{__name__}.{helper}")

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexheads.composition import Average
 from flexheads.routing import route
 
+from .blocks import check_averaged, check_fused_stack
 from .cases import Case, block_of, model_for, run
 from .common import assert_close, assert_tensor_close, call, pick, read_config, tensors_of
 from .magnitudes import check_dora
@@ -91,9 +93,9 @@ def check_like_static(case: Case, model: Any) -> None:
     assert_close(run(case, model), static.expected())
 
 
-def check_stacked_couplings(case: Case, model: Any) -> None:
-    """Stacked invertible adapters follow one another behind the embeddings."""
-    plain, names = model_for(case.other("base")), list(case.entry["adapters"])
+def check_couplings(case: Case, model: Any) -> None:
+    """Stacked invertible adapters follow one another behind the embeddings; or their mean."""
+    plain, block = model_for(case.other("base")), block_of(case.entry["setup"])
     couplings = []
     for name, folder in case.entry["adapters"].items():
         config = read_config(case.folder / folder)["config"]
@@ -108,16 +110,21 @@ def check_stacked_couplings(case: Case, model: Any) -> None:
         )
 
     def coupled(hidden: Tensor) -> Tensor:
-        for tensors, non_linearity in couplings:
-            hidden = nice(hidden, tensors, getattr(torch.nn.functional, non_linearity))
-        return hidden
+        mean = torch.zeros_like(hidden)
+        for number, (tensors, non_linearity) in enumerate(couplings):
+            single = nice(hidden, tensors, getattr(torch.nn.functional, non_linearity))
+            if isinstance(block, Average):
+                mean = mean + block.weights[number] * single
+            else:
+                hidden = single
+        return mean if isinstance(block, Average) else hidden
 
     host = plain.base_model.get_submodule(plain.spec.embeddings)
     if plain.spec.embeddings_from == "output":
         host.register_forward_hook(lambda module, args, hidden: coupled(hidden))
     else:
         host.register_forward_pre_hook(lambda module, args: (coupled(args[0]), *args[1:]))
-    assert_close(run(case, model), run(case, plain, names))
+    assert_close(run(case, model), run(case, plain, block))
 
 
 def nice(hidden: Tensor, tensors: Mapping[str, Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -218,12 +225,19 @@ def projection_of(tensors: Mapping[str, Tensor], stem: str, r: int) -> Tensor:
 
 # By the case's id, or the end of it.
 CHECKS: dict[str, Callable[[Case, Any], None]] = {
+    "compose/bn_average": check_averaged,
+    "compose/bn_average_w": check_averaged,
+    "compose/bn_stack_average": check_averaged,
+    "compose/lora_average": check_averaged,
+    "compose/ia3_average": check_averaged,
+    "compose/bn_fuse_stack": check_fused_stack,
     "compose/bn_parallel_stack": check_chains,
     "compose/bn_batchsplit_stack": check_chains,
     "compose_heads/parallel_stack": check_chains,
     "compose/inv_parallel": check_chains,
     "compose/inv_batchsplit": check_chains,
-    "compose/inv_stack": check_stacked_couplings,
+    "compose/inv_stack": check_couplings,
+    "compose/inv_average": check_couplings,
     "compose/lora_stack": check_added_deltas,
     "compose/ia3_parallel": check_chains,
     "compose/reft_parallel": check_chains,
