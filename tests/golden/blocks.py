@@ -23,9 +23,8 @@ from .common import assert_close, read_config, tensors_of
 def check_averaged(case: Case, model: Any) -> None:
     """An Average equals one adapter with the members side by side, each weighed."""
     got = run(case, model)
-    assert_close(
-        run(case, model, _without_averages(case, model, block_of(case.entry["setup"]))), got
-    )
+    plain = _without_averages(model, block_of(case.entry["setup"]))
+    assert_close(got, run(case, model, plain))
 
 
 def _without_averages(model: Any, block: Any) -> Any:
