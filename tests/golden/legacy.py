@@ -49,6 +49,12 @@ class Legacy:
         content = torch.load(self.folder / file, weights_only=True)
         return content["inputs"], content["outputs"]
 
+    def unscaled(self, model: Any, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The recorded outputs; that release scaled for a language-model head without one, too."""
+        if "last_hidden_state" not in expected:
+            return expected
+        return {**expected, "last_hidden_state": expected["last_hidden_state"] / model._scale()}
+
     def flexible(self) -> Any:
         """A model with flexible heads, with the adapter and (converted) heads loaded and active."""
         auto = flexheads.AutoModelWithHeads

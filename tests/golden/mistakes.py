@@ -15,9 +15,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from flexheads.errors import CompositionError
 from flexheads.composition import Average
 from flexheads.routing import route
 
@@ -71,6 +73,13 @@ def check_merged(case: Case, model: Any) -> None:
     assert_close(merged, alone.expected())
     model.reset_adapter()
     assert_close(run(case, model), case.other("base").expected())
+
+
+def check_decomposed(case: Case, model: Any) -> None:
+    """A decomposition in single precision: the peer's numbers too are 2e-5 from double precision."""
+    got = run(case, model)
+    for name, tensor in case.expected().items():
+        torch.testing.assert_close(got[name], tensor, atol=3e-5, rtol=0)
 
 
 def check_whole_checkpoint(case: Case, model: Any) -> None:
@@ -223,6 +232,32 @@ def projection_of(tensors: Mapping[str, Tensor], stem: str, r: int) -> Tensor:
     return layer.weight.detach()
 
 
+def check_without_prompt(case: Case, model: Any) -> None:
+    """The outputs are the peer's without the positions of the prompt, and labels line up."""
+    got, expected = run(case, model), case.expected()
+    ((_, folder), *_) = case.entry["adapters"].items()
+    config = read_config(case.folder / folder)["config"]
+    start = 0 if config["combine"] == "prefix" else 1
+    for name, tensor in expected.items():
+        if tensor.dim() > 1 and got[name].shape[1:2] != tensor.shape[1:2]:
+            first, rest = tensor[:, :start], tensor[:, start + config["prompt_length"] :]
+            expected[name] = torch.cat([first, rest], dim=1)
+    if "start_logits" in expected:
+        labels = case.inputs()
+        losses = [
+            torch.nn.functional.cross_entropy(expected[f"{w}_logits"], labels[f"{w}_positions"])
+            for w in ("start", "end")
+        ]
+        expected["loss"] = sum(losses) / 2
+    assert_close(got, expected)
+
+
+def check_refused(case: Case, model: Any) -> None:
+    """A block that has no meaning for these adapters is an error."""
+    with pytest.raises(CompositionError, match="has no meaning"):
+        run(case, model)
+
+
 # By the case's id, or the end of it.
 CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/bn_average": check_averaged,
@@ -245,9 +280,20 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/reft_stack": check_stacked_reft,
     "compose/reft_average": check_averaged_reft,
     "adapter/direft": check_direft,
+    "average/lora_delta_w_svd": check_decomposed,
     "adapter/dora": check_dora,
     "adapter/dvora": check_dora,
     "merge/dora": check_dora,
+    "adapter/prompt_tuning": check_without_prompt,
+    "adapter/prompt_tuning_postfix": check_without_prompt,
+    "tagging+prompt_tuning": check_without_prompt,
+    "qa+prompt_tuning": check_without_prompt,
+    "masked_lm+prompt_tuning": check_without_prompt,
+    "causal_lm+prompt_tuning": check_without_prompt,
+    "compose/prompt_stack": check_without_prompt,
+    "compose/prompt_parallel": check_chains,
+    "compose/prompt_batchsplit": check_chains,
+    "compose/prompt_average": check_refused,
     "merge/ia3": check_merged,
     "flex_auto": check_whole_checkpoint,
     "flex_adapter": check_like_static,

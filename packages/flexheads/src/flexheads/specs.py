@@ -14,6 +14,8 @@ the AdapterHub files of 2020 to 2026 name comes first.
 """
 
 Pooling = Literal["first_token", "last_token", "last_eos", "mean"]
+"""What stands for a sequence: the first token, the last one that is no padding, the last one that
+is the end-of-sequence token, or the mean over all that are no padding."""
 
 Side = Literal["encoder", "decoder"]
 
@@ -66,7 +68,8 @@ class LayerSpec:
             cross-attention, from queries, keys and values.
         norms: The layer norms.
         adapterhub: For files in the AdapterHub layout: site role to module path inside the layer.
-            Roles that are not named use the first alternative of their own path.
+            Roles that are not named use the first alternative of their own path. An attention
+            role with ``.prefix`` behind it is what files call the prefixes of that attention.
     """
 
     path: Path
@@ -101,10 +104,17 @@ class ArchitectureSpec:
         backbone: The transformers base model, as ``"module:Class"``.
         layers: The stacks of layers. Layer numbers count through them in this order.
         embeddings: The module whose output enters the first layer; invertible adapters act on it.
+        embeddings_from: Whether they act on that module's output, or on its first input.
         norms: Layer norms outside of the layers.
         inputs: What the model reads: token ids or images.
         pooling: The token that stands for the sequence where a head asks for one vector.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
+        scaled_if: The attribute of the configuration (or alternatives) that says whether
+            language-model heads read the hidden states over the square root of their size.
+        prefixes: Names under which classes with a static head hold the backbone, beside the
+            backbone's own ``base_model_prefix``.
+        adapterhub: For files in the AdapterHub layout: ``"embeddings"`` to the path of the module
+            that holds the invertible adapters there; without it they hang at the backbone.
         tiny: Configuration overrides that make a tiny random model, for tests.
     """
 
@@ -113,10 +123,14 @@ class ArchitectureSpec:
     backbone: str
     layers: tuple[LayerSpec, ...]
     embeddings: Path | None = None
+    embeddings_from: Literal["input", "output"] = "output"
     norms: tuple[Path, ...] = ()
     inputs: Literal["tokens", "pixels"] = "tokens"
     pooling: Pooling = "first_token"
     pooler: bool = False
+    scaled_if: Path | None = None
+    prefixes: tuple[str, ...] = ()
+    adapterhub: Mapping[str, str] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -82,7 +82,9 @@ def untie(
         The configuration with ``tied`` decided, and the tensors that remain the head's.
     """
     config, tensors = dict(config), dict(tensors)
-    if config["head_type"] in ("masked_lm", "causal_lm") and config.get("tied") is None:
+    head_class = resolve(registry().head_type(config["head_type"]).head)
+    can_tie = "tied" in head_class.config_class._names()
+    if can_tie and config.get("tied") is None:
         weight = tensors.get("weight")
         tied = weight is None or (
             embeddings is not None

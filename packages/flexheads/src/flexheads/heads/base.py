@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from flexheads.configs import Config
 from flexheads.errors import ConfigError, LabelError, UnsupportedError
+from flexheads.heads.pooling import pool
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,11 +78,16 @@ class Features:
         pooler_output: The trained pooler's result, ``(batch, hidden)``, or None.
         attention_mask: ``(batch, sequence)``, or None.
         input_ids: ``(batch, sequence)``, or None.
-        pooling: The token that stands for the sequence, see `flexheads.specs.Pooling`.
+        pooling: What stands for the sequence, see `flexheads.specs.Pooling`.
+        pad, eos: The token ids that pad and that end a sequence, or None.
+        scale: What language-model heads multiply the hidden states by.
         choices: Choices per example where the input was ``(batch, choices, sequence)``, or None.
         embeddings: The weight of the input embeddings, ``(vocabulary, embedding size)``.
         undo: The inverse of the invertible adapters that were active.
+        rescore: Corrects scores from the embeddings for tokens whose rows an adapter replaces.
         output: The backbone's whole output.
+        first: Where a prompt stands before the input, the state at the first position of both:
+            `pooled` reads it, as the poolers of models do.
     """
 
     def __init__(
@@ -89,19 +95,27 @@ class Features:
         output: Any,
         *,
         pooling: str = "first_token",
+        pad: int | None = None,
+        eos: int | None = None,
+        scale: float = 1.0,
         attention_mask: Tensor | None = None,
         input_ids: Tensor | None = None,
         choices: int | None = None,
         embeddings: Tensor | None = None,
         undo: Callable[[Tensor], Tensor] | None = None,
+        rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
+        first: Tensor | None = None,
     ) -> None:
         self.output, self.pooling = output, pooling
+        self.pad, self.eos, self.scale = pad, eos, scale
         self.hidden: Tensor = output.last_hidden_state
         self.pooler_output: Tensor | None = output.get("pooler_output")
         self.attention_mask, self.input_ids = attention_mask, input_ids
         self.choices, self.embeddings = choices, embeddings
         self.undo = undo or (lambda hidden: hidden)
-        self._pooled: Tensor | None = None
+        self.rescore = rescore or (lambda hidden, logits: logits)
+        self._first = first
+        self._pooled = first if pooling == "first_token" else None
 
     def pooled(self, use_pooler: bool = False) -> Tensor:
         """One vector per row: ``(batch, hidden)``.
@@ -110,7 +124,8 @@ class Features:
             use_pooler: Take the trained pooler's result instead of the token's hidden state.
 
         Raises:
-            UnsupportedError: If the model has no pooler.
+            UnsupportedError: If the model has no pooler, or the tokens that tell where the
+                sequence ends were not given.
         """
         if use_pooler:
             if self.pooler_output is None:
@@ -119,19 +134,26 @@ class Features:
                 )
             return self.pooler_output
         if self._pooled is None:
-            if self.pooling != "first_token":
-                raise UnsupportedError(f"Pooling {self.pooling!r} is not available yet.")
-            self._pooled = self.hidden[:, 0]
+            self._pooled = pool(self)
         return self._pooled
 
+    @property
+    def scaled(self) -> Tensor:
+        """The hidden states as language-model heads read them."""
+        return self.hidden if self.scale == 1.0 else self.hidden * self.scale
+
     def select(
-        self, take: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor] | None
+        self,
+        take: Callable[[Tensor], Tensor],
+        undo: Callable[[Tensor], Tensor] | None,
+        rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Features:
         """The features of some rows only.
 
         Args:
             take: Picks those rows of a tensor.
             undo: The inverse of the invertible adapters of those rows.
+            rescore: The correction of scores for the adapters of those rows.
         """
         rows = self.hidden.shape[0]
 
@@ -144,11 +166,16 @@ class Features:
         return Features(
             output,
             pooling=self.pooling,
+            pad=self.pad,
+            eos=self.eos,
+            scale=self.scale,
             attention_mask=cut(self.attention_mask),
             input_ids=cut(self.input_ids),
             choices=self.choices,
             embeddings=self.embeddings,
             undo=undo,
+            rescore=rescore,
+            first=cut(self._first),
         )
 
 
@@ -167,6 +194,8 @@ class PredictionHead(nn.Module):
     config_class: ClassVar[type[HeadConfig]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     """The keyword arguments of the model's forward that are this type's labels."""
+    writes_labels: ClassVar[bool] = False
+    """Whether its ``labels`` are what a decoder shall write, so that they also are its input."""
 
     def __init__(self, name: str, config: Any, model_config: PretrainedConfig) -> None:
         super().__init__()

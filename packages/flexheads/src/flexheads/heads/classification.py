@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import NextSentencePredictorOutput, SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError
@@ -18,6 +19,7 @@ from flexheads.heads.base import (
     Stacked,
     classification_loss,
 )
+from flexheads.heads.outputs import head_output
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -47,7 +49,8 @@ class ClassificationHead(PredictionHead):
     """Classifies a sequence; regression for one label. Logits are ``(batch, num_labels)``."""
 
     head_type = "classification"
-    config_class = ClassificationConfig
+    config_class: ClassVar[type[ClassificationConfig]] = ClassificationConfig
+    output_class: ClassVar[type[ModelOutput]] = SequenceClassifierOutput
 
     def __init__(
         self, name: str, config: ClassificationConfig, model_config: PretrainedConfig
@@ -73,16 +76,12 @@ class ClassificationHead(PredictionHead):
             return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
         return classification_loss(logits, labels)
 
-    def forward(self, features: Features, **labels: Any) -> SequenceClassifierOutput:
+    def forward(self, features: Features, **labels: Any) -> Any:
         """See `PredictionHead.forward`; ``labels`` is ``(batch,)`` or ``(batch, num_labels)``."""
         logits = self.layers(features.pooled(self.config.use_pooler))
         given = labels.get("labels")
-        return SequenceClassifierOutput(
-            loss=None if given is None else self.loss(logits, given),
-            logits=logits,
-            hidden_states=features.output.get("hidden_states"),
-            attentions=features.output.get("attentions"),
-        )
+        loss = None if given is None else self.loss(logits, given)
+        return head_output(self.output_class, features.output, loss=loss, logits=logits)
 
 
 class MultiLabelClassificationHead(ClassificationHead):
@@ -100,8 +99,4 @@ class NextSentenceHead(ClassificationHead):
     """Whether a second sentence follows the first (label 0) or not (label 1)."""
 
     head_type = "next_sentence"
-
-    def forward(self, features: Features, **labels: Any) -> NextSentencePredictorOutput:  # type: ignore[override]
-        """See `PredictionHead.forward`; ``labels`` is ``(batch,)``."""
-        output = super().forward(features, **labels)
-        return NextSentencePredictorOutput(**output)
+    output_class = NextSentencePredictorOutput

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from flexheads.activations import activation
 from flexheads.errors import ConfigError
 from flexheads.heads.base import Features, HeadConfig, PredictionHead, classification_loss
+from flexheads.heads.outputs import head_output
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -101,23 +102,24 @@ class LanguageModelHead(PredictionHead):
 
     def forward(self, features: Features, **labels: Any) -> ModelOutput:
         """See `PredictionHead.forward`; ``labels`` is ``(batch, sequence)``, -100 not counted."""
-        hidden = features.hidden
+        hidden = features.scaled
         for layer in self.layers:
             hidden = layer(hidden)
         weight = features.embeddings if self.config.tied else self.weight
         if weight is None:
             raise ConfigError(f"Head {self.name!r} is tied, but this model has no embeddings.")
-        logits = functional.linear(features.undo(hidden), weight, self.bias)
+        hidden = features.undo(hidden)
+        logits = functional.linear(hidden, weight, self.bias)
+        if self.config.tied:
+            logits = features.rescore(hidden, logits)
         given, loss = labels.get("labels"), None
         if given is not None:
             end = logits.shape[1] - self.shift
             loss = classification_loss(logits[:, :end], given[:, self.shift :])
-        return self.output_class(
-            loss=loss,
-            logits=logits,
-            hidden_states=features.output.get("hidden_states"),
-            attentions=features.output.get("attentions"),
+        output: ModelOutput = head_output(
+            self.output_class, features.output, loss=loss, logits=logits
         )
+        return output
 
 
 class MaskedLMHead(LanguageModelHead):

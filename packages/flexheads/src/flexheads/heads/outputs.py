@@ -1,12 +1,38 @@
-"""What a call with several heads returns."""
+"""What heads return, and what a call with several heads does."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import ModelOutput
+
+_OF_TWO_SIDES: dict[type[ModelOutput], type[ModelOutput]] = {
+    SequenceClassifierOutput: Seq2SeqSequenceClassifierOutput,
+    QuestionAnsweringModelOutput: Seq2SeqQuestionAnsweringModelOutput,
+}
+
+
+def head_output(kind: type[ModelOutput], backbone: Any, **own: Any) -> Any:
+    """A head's output, with what the backbone has computed of its fields.
+
+    Args:
+        kind: The output class; an encoder-decoder backbone gets that of two sides.
+        backbone: The backbone's output.
+        own: The fields that the head computes.
+    """
+    if "encoder_last_hidden_state" in backbone:
+        kind = _OF_TWO_SIDES.get(kind, kind)
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in own]  # type: ignore[arg-type]
+    return kind(**own, **{name: backbone.get(name) for name in names})
 
 
 class MultiHeadOutput(dict[str, Any]):

@@ -19,6 +19,14 @@ _TYPES = {
     "question_answering": ("tokens:QuestionAnsweringHead", "Start and end of an answer"),
     "masked_lm": ("language_modeling:MaskedLMHead", "Masked language modelling"),
     "causal_lm": ("language_modeling:CausalLMHead", "Causal language modelling"),
+    "seq2seq_lm": (
+        "sequence_to_sequence:SequenceToSequenceHead",
+        "What the decoder of an encoder-decoder model writes",
+    ),
+    "image_classification": (
+        "image_classification:ImageClassificationHead",
+        "One label, or any number, per image; regression",
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from flexheads.heads.base import (
     Stacked,
     classification_loss,
 )
+from flexheads.heads.outputs import head_output
 
 IGNORED = -100
 
@@ -45,19 +46,23 @@ class TaggingHead(PredictionHead):
             if mask is not None and mask.dim() == 2:
                 given = given.masked_fill(mask == 0, IGNORED)
             loss = classification_loss(logits, given)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=features.output.get("hidden_states"),
-            attentions=features.output.get("attentions"),
+        output: TokenClassifierOutput = head_output(
+            TokenClassifierOutput, features.output, loss=loss, logits=logits
         )
+        return output
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class QuestionAnsweringConfig(LabelledConfig):
-    """Configuration of `QuestionAnsweringHead`; the two outputs are start and end."""
+    """Configuration of `QuestionAnsweringHead`; the two outputs are start and end.
+
+    Attributes:
+        scaled: Whether it reads the hidden states as language-model heads do; makes a difference
+            only for architectures that scale them, and there the `adapters` library does.
+    """
 
     num_labels: int = 2
+    scaled: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,17 +93,19 @@ class QuestionAnsweringHead(PredictionHead):
 
         Positions beyond the sequence do not count.
         """
-        start, end = self.layers(features.hidden).unbind(dim=-1)
+        hidden = features.scaled if self.config.scaled else features.hidden
+        start, end = self.layers(hidden).unbind(dim=-1)
         starts, ends, loss = labels.get("start_positions"), labels.get("end_positions"), None
         if starts is not None and ends is not None:
             loss = (_position_loss(start, starts) + _position_loss(end, ends)) / 2
-        return QuestionAnsweringModelOutput(
+        output: QuestionAnsweringModelOutput = head_output(
+            QuestionAnsweringModelOutput,
+            features.output,
             loss=loss,
             start_logits=start.contiguous(),
             end_logits=end.contiguous(),
-            hidden_states=features.output.get("hidden_states"),
-            attentions=features.output.get("attentions"),
         )
+        return output
 
 
 def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:

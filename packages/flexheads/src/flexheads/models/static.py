@@ -66,7 +66,7 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
             )
             args = ()
         with self._enter(plan):
-            return self.static_class.forward(self, *args, **kwargs)
+            return self._attachment.run(self, self.static_class.forward, args, kwargs)
 
     # --- the static head ----------------------------------------------------------------------
 

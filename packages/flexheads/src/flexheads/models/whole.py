@@ -64,6 +64,9 @@ class WholeModelMixin(SharingMixin):
                 f"{next(iter(self._merged))!r} is merged into the backbone; "
                 "call reset_adapter() before saving the whole model."
             )
+        if _would_rename(self):
+            # Names of old checkpoints would be put into the keys of adapters too.
+            kwargs.setdefault("save_original_format", False)
         config = self._attachment.backbone.config
         config.flexheads = describe(self)
         if (state := self._unshared_state(kwargs.get("state_dict"))) is not None:
@@ -96,6 +99,16 @@ def describe(model: Any) -> dict[str, Any]:
 def _provider(head: Any) -> str:
     provider = registry().provider_of(registry().head_type(head.head_type))
     return f"{provider.distribution}=={provider.version}"
+
+
+def _would_rename(model: Any) -> bool:
+    """Whether transformers, on saving, would write the keys of adapters and heads differently."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # a release that renames nothing
+        return False
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(_OWN)}
+    return set(revert_weight_conversion(model, own)) != set(own)
 
 
 def load_backbone(

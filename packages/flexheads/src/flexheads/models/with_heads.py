@@ -27,6 +27,7 @@ from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
+from flexheads.sites.prompt import POOLED
 from flexheads.sites.attach import EMBEDDINGS, TOKENS
 from flexheads.specs import ArchitectureSpec
 
@@ -144,6 +145,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             embeddings=self._embeddings(),
             undo=None if op is None else op.inverse,
             rescore=None if tokens is None else tokens.scores,
+            first=self._attachment.runtime.take(POOLED),
         )
 
     def _scale(self) -> float:

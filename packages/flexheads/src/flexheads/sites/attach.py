@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.hidden import AttachedHidden
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.output import AttachedOutput
+from flexheads.sites.prompt import PROMPT, AttachedPrompt
 from flexheads.sites.residual import AttachedResidual
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -104,6 +106,7 @@ class Attachment:
         if self.spec.inputs == "tokens" and single and isinstance(tokens, nn.Embedding):
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             yield AttachedTokens(TOKENS, tokens, self.runtime, outputs)
+        yield from self._find_prompt(model, owner)
         for stack, layers in enumerate(self.spec.layers):
             if self._lacks(layers.path):
                 continue
@@ -119,6 +122,30 @@ class Attachment:
             yield AttachedOutput(
                 f"norms.{number}", "norm", None, host, config.hidden_size, self.runtime
             )
+
+    def _find_prompt(self, model: PreTrainedModel, owner: str) -> Iterator[AttachedSite]:
+        """The place for prompts, where the architecture has one."""
+        spec, backbone = self.spec, self.backbone
+        sides = {layers.side for layers in spec.layers}
+        if spec.embeddings is None or (len(spec.layers) > 1 and sides == {None}):
+            return
+        encoder = backbone.get_encoder() if "encoder" in sides else None
+        if "encoder" in sides and encoder is None:
+            return
+        tokens = (encoder or backbone).get_input_embeddings()
+        path, embeddings = spec.layers[0].path, None
+        if encoder is None and spec.pooling != "last_token":
+            embeddings = self.sites[EMBEDDINGS].host
+            width = self.sites[EMBEDDINGS].width
+        elif isinstance(tokens, nn.Embedding):
+            width = tokens.embedding_dim
+        else:
+            return
+        layers = find_module(backbone, path, owner)
+        holder = next(m for m in backbone.modules() if any(c is layers for c in m.children()))
+        yield AttachedPrompt(
+            model, backbone, embeddings, holder, width, self.runtime, encoder=encoder
+        )
 
     def _lacks(self, path: Path) -> bool:
         """Whether a path is about the side of an encoder-decoder that this backbone lacks."""
@@ -230,6 +257,13 @@ class Attachment:
             named = {role: own.get(path, role) for role, path in given.items()}
             found |= {role: other for role, other in named.items() if role != other}
         return found
+
+    def run(self, model: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a model's own forward; where it is its own backbone, prompts enter here."""
+        prompt, forward = self.sites.get(PROMPT), functools.partial(forward, model)
+        if model is not self.backbone or not isinstance(prompt, AttachedPrompt):
+            return forward(*args, **kwargs)
+        return prompt.run(forward, args, kwargs)
 
     def sync(self, adapters: Iterable[Mapping[str, nn.Module]]) -> None:
         """Registers the hooks that these adapters rely on and removes all others.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.sites.base import AttachedSite, first_tensor, run_chains
+from flexheads.sites.base import AttachedSite, first_argument, first_tensor, run_chains
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -43,8 +43,9 @@ class EmbeddingOp(NamedTuple):
 class AttachedEmbedding(AttachedSite):
     """The embeddings of a live model; its parts are `EmbeddingPart`.
 
-    Hooks: ``forward`` behind the embeddings; ``inverse`` before the output embeddings of a static
-    language-model head. Flexible heads ask for the inverse themselves.
+    Hooks: ``forward`` behind the embeddings, or before the module that they enter; ``inverse``
+    before the output embeddings of a static language-model head. Flexible heads ask for the inverse
+    themselves.
     """
 
     kind = "embedding"
@@ -56,14 +57,17 @@ class AttachedEmbedding(AttachedSite):
         width: int,
         runtime: Runtime,
         output_embeddings: nn.Module | None,
+        acts_on: str = "output",
     ) -> None:
         super().__init__(address, address, None, host, width, runtime)
-        self.output_embeddings = output_embeddings
+        self.output_embeddings, self.acts_on = output_embeddings, acts_on
 
     def needed(self, part: EmbeddingPart) -> frozenset[str]:
         return frozenset({"forward"} if self.output_embeddings is None else {"forward", "inverse"})
 
     def register(self, hook: str) -> RemovableHandle:
+        if hook == "forward" and self.acts_on == "input":
+            return self.host.register_forward_pre_hook(self._before, with_kwargs=True)
         if hook == "forward":
             return self.host.register_forward_hook(self._after, prepend=True)
         assert self.output_embeddings is not None
@@ -78,6 +82,15 @@ class AttachedEmbedding(AttachedSite):
             return None
         hidden = run_chains(op.chains, op.rows, _do, first_tensor(output))
         return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        op: EmbeddingOp | None = self.planned()
+        if op is None:
+            return None
+        hidden = run_chains(op.chains, op.rows, _do, first_argument(args, kwargs))
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): hidden}
 
     def _before_output(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op: EmbeddingOp | None = self.planned()

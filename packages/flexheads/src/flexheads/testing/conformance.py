@@ -22,14 +22,19 @@ from torch import Tensor, nn
 from flexheads.checkpoints.bundle import SavedHead
 from flexheads.composition import Rows
 from flexheads.conversion.to_static import convert_to_static
+from flexheads.errors import UnsupportedError
+from flexheads.methods.config import load_config
+from flexheads.models.inputs import batch_size
 from flexheads.models.static import init
 from flexheads.models.with_heads import ModelWithHeads, with_heads_class
 from flexheads.plugins import registry, resolve
+from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual
+from flexheads.specs import ArchitectureSpec, HeadConversion
 from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
 CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "lora", "seq_bn_inv")
-"""The configurations that the checks try; each architecture carries all of them."""
+"""The configurations that the checks try of the core's first methods; of others, the first one."""
 
 
 def architecture_checks(architecture: str) -> Any:
@@ -44,6 +49,27 @@ def architecture_checks(architecture: str) -> Any:
     return pytest.mark.parametrize("check", checks.values(), ids=checks.keys())
 
 
+_COMPLETED = {"trainable_tokens": "trainable_tokens[token_indices=[3, 4, 5, 6, 7, 8, 9]]"}
+"""Configurations of which some field must be given."""
+
+
+def configurations() -> tuple[str, ...]:
+    """The configurations that the checks try: `CONFIGS`, and one of each further method."""
+    found = list(CONFIGS)
+    for method in registry().methods.values():
+        named = list(method.identifiers)
+        if named and not set(named) & set(CONFIGS):
+            found.append(_COMPLETED.get(named[0], named[0]))
+    return tuple(found)
+
+
+def _generates(conversion: HeadConversion) -> bool:
+    """Whether a static class writes from left to right, so that generation makes sense."""
+    spec = registry().architecture(conversion.architecture)
+    writes = {rule.head_type for rule in conversion.heads} & {"causal_lm", "seq2seq_lm"}
+    return bool(writes) and spec.pooling in ("last_token", "last_eos")
+
+
 def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for check in (
         check_residual_sites,
@@ -56,11 +82,13 @@ def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
         check_rows,
     ):
         yield check.__name__.removeprefix("check_"), functools.partial(check, architecture)
-    for config in CONFIGS:
+    for config in configurations():
         yield f"adapter-{config}", functools.partial(check_adapter, architecture, config)
     for conversion in registry().conversions_for(architecture):
         name = conversion.static_class
         yield f"conversion-{name}", functools.partial(check_conversion, name)
+        if _generates(conversion):
+            yield f"generation-{name}", functools.partial(check_generation, name)
 
 
 def _output(model: ModelWithHeads, **call: Any) -> Tensor:
@@ -77,33 +105,45 @@ def _same(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) 
 
 
 def check_residual_sites(architecture: str) -> None:
-    """Output plus residual is what the norm gets: the paths of the spec name the right modules."""
+    """Output plus residual is what comes next: the paths of the spec name the right modules.
+
+    Next is the site's norm; where the norm comes first, the residual of the layer's next site, or
+    behind the last one the layer's result.
+    """
     model = tiny_model(architecture)
-    seen: dict[str, dict[str, Tensor]] = {}
-    for site in model._attachment.sites.values():
-        if isinstance(site, AttachedResidual) and site.norm is not None:
-            own = seen.setdefault(site.address, {})
-            site.output.register_forward_hook(functools.partial(_note_output, own))
-            site.residual.register_forward_pre_hook(
-                functools.partial(_note_input, own, "r"), with_kwargs=True
-            )
-            site.norm.register_forward_pre_hook(
-                functools.partial(_note_input, own, "total"), with_kwargs=True
-            )
+    sites = [s for s in model._attachment.sites.values() if isinstance(s, AttachedResidual)]
+    assert sites, "The spec names no residual site."
+    seen: dict[str, dict[str, Tensor]] = {site.address: {} for site in sites}
+    for number, site in enumerate(sites):
+        own = seen[site.address]
+        _note(own, "x", site.output, "output")
+        _note(own, "r", site.residual, site.residual_from)
+        following = sites[number + 1] if number + 1 < len(sites) else None
+        if site.norm is not None:
+            _note(own, "total", site.norm, "input")
+        elif following is not None and following.layer == site.layer:
+            _note(own, "total", following.residual, following.residual_from)
+        else:
+            _note(own, "total", site.host, "output")
     _output(model)
     for address, tensors in seen.items():
         assert set(tensors) == {"x", "r", "total"}, f"{address}: not all modules were called."
-        _same(tensors["x"] + tensors["r"], tensors["total"], f"{address}: x + r is not the norm's")
+        _same(tensors["x"] + tensors["r"], tensors["total"], f"{address}: x + r is not what follows")
 
 
-def _note_output(seen: dict[str, Tensor], module: nn.Module, args: Any, output: Any) -> None:
-    seen["x"] = output[0] if isinstance(output, tuple) else output
+def _note(seen: dict[str, Tensor], key: str, module: nn.Module, which: str) -> None:
+    """Notes a module's first input, or its output."""
 
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[key] = first_argument(args, kwargs)
 
-def _note_input(
-    seen: dict[str, Tensor], key: str, module: nn.Module, args: Any, kwargs: Any
-) -> None:
-    seen[key] = args[0] if args else next(iter(kwargs.values()))
+    def behind(module: nn.Module, args: Any, output: Any) -> None:
+        seen[key] = first_tensor(output)
+
+    if which == "input":
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        module.register_forward_hook(behind)
 
 
 def check_bare_backbone(architecture: str) -> None:
@@ -118,9 +158,16 @@ def check_bare_backbone(architecture: str) -> None:
 
 
 def check_adapter(architecture: str, config: str) -> None:
-    """An adapter acts, comes back from its file bit for bit, and leaves nothing behind."""
+    """An adapter acts, comes back from its file bit for bit, and leaves nothing behind.
+
+    Where the spec lacks what it needs, adding it is refused instead, and changes nothing.
+    """
     model = tiny_model(architecture)
     before = _output(model)
+    if _lacks(model.spec, config):
+        _refuses(model, config)
+        assert torch.equal(_output(model), before), f"{config}: refused, but something has changed."
+        return
     model.add_adapter("a", config=config, set_active=True)
     randomise(model.adapters["a"])
     acting = _output(model)
@@ -134,14 +181,40 @@ def check_adapter(architecture: str, config: str) -> None:
     assert torch.equal(_output(model), before), f"{config}: deleting leaves something behind."
 
 
+def _lacks(spec: ArchitectureSpec, config: str) -> bool:
+    """Whether an architecture has no site of a kind that a configuration needs."""
+    fields = load_config(config)
+    if fields.tag == "trainable_tokens":
+        two_sides = any(layers.side is not None for layers in spec.layers)
+        return spec.inputs != "tokens" or two_sides
+    return spec.embeddings is None and bool(fields.get("inv_adapter"))
+
+
+def _refuses(model: ModelWithHeads, config: str) -> None:
+    try:
+        model.add_adapter("a", config=config)
+    except UnsupportedError:
+        return
+    raise AssertionError(f"{config} needs what the spec does not name, but was added.")
+
+
 def check_heads(architecture: str) -> None:
-    """Heads that read the sequence or its tokens work, and come back from their files."""
+    """Heads of the kinds that fit the inputs work, and come back from their files."""
     model = tiny_model(architecture)
-    model.add_classification_head("first", num_labels=3)
-    model.add_tagging_head("tokens", num_labels=4)
-    batch, length = tiny_inputs(model.config)["input_ids"].shape
-    assert _output(model, head="first").shape == (batch, 3)
-    assert _output(model, head="tokens").shape == (batch, length, 4)
+    batch = batch_size(tiny_inputs(model.config))
+    length = model(**tiny_inputs(model.config)).last_hidden_state.shape[1]
+    expected: dict[str, tuple[int, ...]] = {"first": (batch, 3)}
+    if model.spec.inputs == "pixels":
+        model.add_image_classification_head("first", num_labels=3)
+    else:
+        model.add_classification_head("first", num_labels=3)
+        model.add_tagging_head("tokens", num_labels=4)
+        expected["tokens"] = (batch, length, 4)
+    if getattr(model.config, "is_encoder_decoder", False):
+        model.add_seq2seq_lm_head("written")
+        expected["written"] = (batch, length, model.config.vocab_size)
+    for name, shape in expected.items():
+        assert _output(model, head=name).shape == shape, f"Head {name}: another shape."
     for name in model.heads:
         with tempfile.TemporaryDirectory() as directory:
             model.save_head(directory, name)
@@ -175,7 +248,7 @@ def check_training(architecture: str) -> None:
     model.add_adapter("other")
     model.train_adapter("a")
     inputs = tiny_inputs(model.config)
-    model(**inputs, labels=torch.zeros(len(inputs["input_ids"]), dtype=torch.long)).loss.backward()
+    model(**inputs, labels=torch.zeros(batch_size(inputs), dtype=torch.long)).loss.backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     wanted = {n for n, _ in model.named_parameters() if n.startswith(("adapters.a.", "heads.a."))}
     assert with_gradient == wanted, f"Gradients differ: {sorted(with_gradient ^ wanted)}."
@@ -183,6 +256,9 @@ def check_training(architecture: str) -> None:
 
 def check_attention_implementations(architecture: str) -> None:
     """Eager and sdpa attention give the same outputs with adapters active."""
+    backbone: Any = resolve(registry().architecture(architecture).backbone)
+    if not getattr(backbone, "_supports_sdpa", True):
+        return  # this release of transformers has eager attention alone for it
     outputs = []
     for implementation in ("eager", "sdpa"):
         model = tiny_model(architecture, attn_implementation=implementation)
@@ -194,20 +270,33 @@ def check_attention_implementations(architecture: str) -> None:
 
 
 def check_gradient_checkpointing(architecture: str) -> None:
-    """Recomputing activations in the backward pass gives the same gradients, bit for bit."""
+    """Recomputing activations in the backward pass gives the same gradients.
+
+    They are sums over the layers that read an encoder's result, in another order.
+    """
     gradients = []
     for recompute in (False, True):
-        model = tiny_model(architecture, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = tiny_model(architecture, **_without_dropout(architecture), use_cache=False)
         model.train()
         model.add_adapter("a")
         model.train_adapter("a")
         randomise(model.adapters)
         if recompute:
             _checkpoint(model._attachment.backbone)
-        model(**tiny_inputs(model.config)).last_hidden_state.pow(2).mean().backward()
+        # Some of the features: the mean square of all is what a final norm holds constant.
+        hidden = model(**tiny_inputs(model.config)).last_hidden_state[..., :4]
+        hidden.pow(2).mean().backward()
         gradients.append([p.grad for p in model.adapters.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed), "Recomputed gradients differ."
+        assert plain.abs().max() > 1e-5, "The loss does not depend on the adapter."
+        _same(recomputed / plain.abs().max(), plain / plain.abs().max(), "recomputed gradients")
+
+
+def _without_dropout(architecture: str) -> dict[str, float]:
+    """Configuration changes that make training repeatable."""
+    config = tiny_config(architecture).to_dict()
+    named = {key: value for key, value in config.items() if "drop" in key or key.endswith("_pdrop")}
+    return {key: 0.0 for key, value in named.items() if isinstance(value, float)}
 
 
 def _checkpoint(backbone: Any) -> None:
@@ -258,6 +347,28 @@ def check_conversion(static_class: str) -> None:
     assert set(back.tensors) == set(original), "Names differ after the way there and back."
     for key, tensor in original.items():
         assert torch.equal(back.tensors[key], tensor), f"{key} differs after the way back."
+
+
+def check_generation(static_class: str) -> None:
+    """Generating with a cache gives the tokens that come without one, and an adapter changes them."""
+    static = init(tiny_static(static_class))
+    static.add_adapter("a", config="double_seq_bn", set_active=True)
+    randomise(static.adapters)
+    inputs = tiny_inputs(static.config)
+    inputs.pop("decoder_input_ids", None)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    ids, mask = inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1)
+
+    def generate(use_cache: bool) -> Tensor:
+        found: Tensor = static.generate(
+            input_ids=ids, attention_mask=mask, use_cache=use_cache, **settings
+        )
+        return found
+
+    cached = generate(True)
+    assert torch.equal(cached, generate(False)), f"{static_class}: the cache changes the tokens."
+    static.set_active_adapters(None)
+    assert not torch.equal(cached, generate(True)), f"{static_class}: the adapter has no effect."
 
 
 def _backbone_state(static: Any, model: ModelWithHeads) -> dict[str, Tensor]:

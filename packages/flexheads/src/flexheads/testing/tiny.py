@@ -47,12 +47,37 @@ def tiny_static(class_name: str, seed: int = 0, **changes: Any) -> Any:
 def tiny_inputs(
     config: PretrainedConfig, batch: int = 3, length: int = 7, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Token inputs with padding in the last row: ``input_ids`` and ``attention_mask``."""
+    """Inputs of a model's kind.
+
+    Args:
+        config: The model's configuration.
+        batch: Rows.
+        length: Tokens in a row.
+        seed: Of the random numbers.
+
+    Returns:
+        ``pixel_values``; or ``input_ids`` and ``attention_mask`` with padding in the last row, with
+        the tokens that the architecture is pooled at, and with as many ``decoder_input_ids`` where
+        there is a decoder to feed.
+    """
     generator = torch.Generator().manual_seed(seed)
+    spec = registry().architecture_for(config.model_type)
+    if spec.inputs == "pixels":
+        shape = (batch, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    if spec.pooling == "last_eos":
+        ids[:, -1] = ids[-1, -3] = config.eos_token_id
+    if getattr(config, "pad_token_id", None) is not None:
+        ids[mask == 0] = config.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "is_encoder_decoder", False):
+        read = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
+        read[:, 0] = config.decoder_start_token_id
+        inputs["decoder_input_ids"] = read
+    return inputs
 
 
 @torch.no_grad()

@@ -91,15 +91,22 @@ class AdapterNames:
 
     def suffixes(self, site: str, suffix: str) -> list[str]:
         """What a file calls a part's tensor at a site."""
-        return [suffix]
+        return [self._told_apart(site) + suffix]
 
     def own_suffix(self, site: str, suffix: str) -> str | None:
         """The inverse of `suffixes`; empty where it repeats another, None where it is unknown."""
-        return suffix
+        mark = self._told_apart(site)
+        return suffix[len(mark) :] if suffix.startswith(mark) else None
 
     def shared_address(self, suffix: str) -> str | None:
         """The address of a tensor that several sites share."""
         return None
+
+    def _told_apart(self, site: str) -> str:
+        """The site's role, where several projections of one fused module share a path."""
+        paths = list(self.layout.paths.values())
+        shared = paths.count(self.layout.paths[site]) > 1
+        return f"{site.rpartition('.')[2]}." if shared else ""
 
     # --- for subclasses ---------------------------------------------------------------------------
 

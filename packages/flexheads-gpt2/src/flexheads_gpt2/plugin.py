@@ -1,0 +1,95 @@
+"""What this package registers: where GPT-2's sites are, and how its static heads convert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexheads import (
+    ArchitectureSpec,
+    FusedBlock,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+    hookimpl,
+)
+
+GPT2 = ArchitectureSpec(
+    name="gpt2",
+    model_types=("gpt2",),
+    backbone="transformers.models.gpt2.modeling_gpt2:GPT2Model",
+    embeddings="drop",
+    layers=(
+        LayerSpec(
+            path="h",
+            attention=ResidualSite(output="attn.resid_dropout", residual="ln_1"),
+            feed_forward=ResidualSite(output="mlp", residual="ln_2"),
+            query="attn.c_attn",
+            key="attn.c_attn",
+            value="attn.c_attn",
+            fused={
+                "query": FusedBlock(0, 3),
+                "key": FusedBlock(1, 3),
+                "value": FusedBlock(2, 3),
+            },
+            attention_output="attn.c_proj",
+            mlp_in="mlp.c_fc",
+            mlp_out="mlp.c_proj",
+            self_attention="attn",
+            norms=("ln_1", "ln_2"),
+            adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},
+        ),
+    ),
+    norms=("ln_f",),
+    pooling="last_token",
+    tiny={
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 99,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+)
+
+_ONE_LAYER = {"layers": 1, "activation_function": None}
+
+# The class with two heads at once is left out: it reads its choice at positions given by mc_token_ids.
+_HEADS = {
+    "GPT2ForSequenceClassification": HeadRule(
+        head_type="classification",
+        weights={"score": "layers.0"},
+        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
+    ),
+    "GPT2ForTokenClassification": HeadRule(
+        head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER
+    ),
+    "GPT2ForQuestionAnswering": HeadRule(
+        head_type="question_answering",
+        weights={"qa_outputs": "layers.0"},
+        config={**_ONE_LAYER, "dropout_prob": 0.0},
+        output="start_logits",
+    ),
+    "GPT2LMHeadModel": HeadRule(
+        head_type="causal_lm",
+        weights={"lm_head.weight": "weight"},
+        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
+    ),
+}
+
+
+@hookimpl
+def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
+    """GPT-2."""
+    return [GPT2]
+
+
+@hookimpl
+def flexheads_register_conversions() -> Iterable[HeadConversion]:
+    """The head classes that transformers has for GPT-2, but for the one with two heads."""
+    return [
+        HeadConversion(architecture=GPT2.name, static_class=name, heads=(rule,))
+        for name, rule in _HEADS.items()
+    ]

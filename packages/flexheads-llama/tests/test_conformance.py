@@ -1,0 +1,8 @@
+"""LLaMA passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("llama")
+def test_conformance(check):
+    check()

@@ -1,0 +1,78 @@
+"""What this package registers: where ViT's sites are, and how its static heads convert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flexheads import (
+    ArchitectureSpec,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+    hookimpl,
+)
+
+VIT = ArchitectureSpec(
+    name="vit",
+    model_types=("vit",),
+    backbone="transformers.models.vit.modeling_vit:ViTModel",
+    embeddings="embeddings",
+    layers=(
+        LayerSpec(
+            path=("encoder.layer", "layers"),
+            attention=ResidualSite(
+                output=("attention.output.dropout", "attention.o_proj"), residual="layernorm_before"
+            ),
+            feed_forward=ResidualSite(output=("output.dropout", "mlp"), residual="layernorm_after"),
+            query=("attention.attention.query", "attention.q_proj"),
+            key=("attention.attention.key", "attention.k_proj"),
+            value=("attention.attention.value", "attention.v_proj"),
+            attention_output=("attention.output.dense", "attention.o_proj"),
+            mlp_in=("intermediate.dense", "mlp.fc1"),
+            mlp_out=("output.dense", "mlp.fc2"),
+            self_attention=("attention.attention", "attention"),
+            norms=("layernorm_before", "layernorm_after"),
+            adapterhub={
+                "attention": "attention_adapters",
+                "feed_forward": "output.output_adapters",
+            },
+        ),
+    ),
+    norms=("layernorm",),
+    inputs="pixels",
+    pooling="first_token",
+    pooler=True,
+    tiny={
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+)
+
+# Masked image modelling is left out: it draws pixels, which no type of flexible head does.
+_HEADS = {
+    "ViTForImageClassification": HeadRule(
+        head_type="image_classification",
+        weights={"classifier": "layers.0"},
+        config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
+    ),
+}
+
+
+@hookimpl
+def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
+    """ViT."""
+    return [VIT]
+
+
+@hookimpl
+def flexheads_register_conversions() -> Iterable[HeadConversion]:
+    """Image classification."""
+    return [
+        HeadConversion(architecture=VIT.name, static_class=name, heads=(rule,))
+        for name, rule in _HEADS.items()
+    ]

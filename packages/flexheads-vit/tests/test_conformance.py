@@ -1,0 +1,8 @@
+"""ViT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("vit")
+def test_conformance(check):
+    check()
