@@ -8,5 +8,10 @@ __getattr__ = lazy_attributes(
         "AdapterConfig": "flexheads.methods.config",
         "AdapterMethod": "flexheads.methods.base",
         "load_config": "flexheads.methods.config",
+        "ProjectionConfig": "flexheads.methods.projections",
+        "ProjectionMethod": "flexheads.methods.projections",
+        "ProjectionPart": "flexheads.methods.projections",
+        "check_leave_out": "flexheads.methods.base",
+        "seeded": "flexheads.methods.base",
     },
 )

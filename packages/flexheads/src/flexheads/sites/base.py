@@ -52,7 +52,8 @@ class AttachedSite(ABC):
     def needed(self, part: Any) -> frozenset[str]:
         """The names of the hooks that `part`, an adapter's module at this site, relies on.
 
-        Beside this site's own hooks that is `CALL` for a site that reads the call's inputs.
+        Beside this site's own hooks that is `CALL` for a site that reads the call's inputs, or
+        ``CALL.<side>`` for those of one side of an encoder-decoder.
         """
 
     @abstractmethod
@@ -71,6 +72,48 @@ class AttachedSite(ABC):
         return f"{type(self).__name__}({self.address!r})"
 
 
+class HostWeights:
+    """Weight and bias of a module, for methods that can be folded into them.
+
+    Args:
+        host: The module.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host: Any = host
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        weight: Tensor = self.host.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, or None."""
+        bias: Tensor | None = getattr(self.host, "bias", None)
+        return bias
+
+    def check_writable(self) -> None:
+        """Raises where `write` cannot make the module compute with a new weight."""
+
+    def kept(self) -> tuple[Tensor, Tensor | None]:
+        """What `restore` needs to undo `write`."""
+        bias = self.bias
+        return self.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Replaces weight and bias."""
+        self.weight.copy_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+    def restore(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Brings back what `kept` has given, bit for bit."""
+        self.write(weight, bias)
+
+
 def place(part: nn.Module, host: nn.Module, which: int = 0) -> nn.Module:
     """Moves a new module to the dtype and device in which another computes.
 
@@ -80,8 +123,9 @@ def place(part: nn.Module, host: nn.Module, which: int = 0) -> nn.Module:
         which: The floating-point parameter of the host that tells: 0 the first, -1 the last.
     """
     weights = [p for p in host.parameters() if p.is_floating_point()]
-    if not weights:
-        return part
+    if not weights:  # a quantised module may have none
+        tensors = (*host.parameters(), *host.buffers())
+        return part.to(tensors[0].device) if tensors else part
     device = weights[which].device
     if device.type == "meta":
         device = _execution_device(host) or device

@@ -1,4 +1,4 @@
-"""The output site: a module whose result an adapter replaces, such as a norm or an embedding."""
+"""The output site: a module whose result an adapter replaces, such as a norm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.sites.base import AttachedSite, run_chains
+from flexheads.sites.base import AttachedSite, HostWeights, run_chains
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -20,8 +20,7 @@ class OutputPart(nn.Module):
         """Changes a module's result.
 
         Args:
-            given: What the module was given: ``(batch, sequence, hidden)``, or token ids
-                ``(batch, sequence)``.
+            given: What the module was given, ``(batch, sequence, hidden)``.
             output: Its result so far, ``(batch, sequence, hidden)``.
 
         Returns:
@@ -41,7 +40,10 @@ class AttachedOutput(AttachedSite):
     """A module in a live model whose result adapters change; its parts are `OutputPart`.
 
     Args:
-        kind: ``"norm"`` for a layer norm, ``"tokens"`` for the embedding of token ids.
+        kind: ``"norm"`` for a layer norm.
+
+    Attributes:
+        projection: The module's weight and bias, for merging.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class AttachedOutput(AttachedSite):
     ) -> None:
         super().__init__(address, kind, layer, host, width, runtime)
         self.kind = kind
+        self.projection = HostWeights(host)
 
     def needed(self, part: OutputPart) -> frozenset[str]:
         return frozenset({"output"})

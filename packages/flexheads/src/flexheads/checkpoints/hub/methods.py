@@ -9,6 +9,7 @@ from flexheads.checkpoints.bundle import Layout
 from flexheads.checkpoints.hub.bottleneck import BottleneckNames
 from flexheads.checkpoints.hub.lora import LoRANames
 from flexheads.checkpoints.hub.names import AdapterNames
+from flexheads.checkpoints.hub.plain import PlainNames
 from flexheads.checkpoints.hub.prefix_tuning import PrefixTuningNames
 from flexheads.checkpoints.hub.prompt_tuning import PromptTuningNames
 from flexheads.checkpoints.hub.reft import ReftNames
@@ -33,5 +34,5 @@ def adapter_names(
         return UnionNames(
             name, config, layout, old=old, member=lambda c: adapter_names(name, c, layout, old=old)
         )
-    kind = _NAMES.get(config.get("architecture"), AdapterNames)
+    kind = _NAMES.get(config.get("architecture"), PlainNames)
     return kind(name, config, layout, old=old)
