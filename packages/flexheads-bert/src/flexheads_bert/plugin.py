@@ -40,6 +40,7 @@ BERT = ArchitectureSpec(
             adapterhub={"attention": "attention.output", "feed_forward": "output"},
         ),
     ),
+    norms=("embeddings.LayerNorm",),
     pooling="first_token",
     pooler=True,
     tiny={
