@@ -15,6 +15,7 @@ from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
 from flexheads.methods.config import AdapterConfig
+from flexheads.methods.gating import gate_scores
 from flexheads.sites.attention import AttachedAttention, AttentionPart
 from flexheads.sites.base import AttachedSite
 
@@ -190,7 +191,7 @@ class PrefixPart(AttentionPart):
         keys, values = pool.dropout(states)
         if self.gate is None:
             return keys, values
-        gate = torch.sigmoid(self.gate(hidden)).mean(dim=1)[:, :, None, None, None]
+        gate = gate_scores(self, self.gate, hidden)[..., None, None]
         return keys * gate[:, 0], values * gate[:, -1]
 
 

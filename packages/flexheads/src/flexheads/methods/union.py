@@ -133,7 +133,9 @@ def _check(configs: tuple[Any, ...]) -> None:
     for config in configs:
         if isinstance(config, ConfigUnion) or not isinstance(config, AdapterConfig):
             what = "a union" if isinstance(config, ConfigUnion) else "no adapter configuration"
-            raise ConfigError(f"A union holds configurations of single methods; {config!r} is {what}.")
+            raise ConfigError(
+                f"A union holds configurations of single methods; {config!r} is {what}."
+            )
     if not configs:
         raise ConfigError("A union needs at least one configuration.")
     for one, other in combinations(configs, 2):

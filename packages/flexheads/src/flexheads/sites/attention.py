@@ -88,9 +88,7 @@ class AttentionOp(NamedTuple):
             both.append(self.rows.merge(padded))
         if len(set(self.lengths)) == 1:
             return Prefix(both[0], both[1], None)
-        keeps = [
-            prefix_keep(own, longest, n) for own, n in zip(split, self.lengths, strict=True)
-        ]
+        keeps = [prefix_keep(own, longest, n) for own, n in zip(split, self.lengths, strict=True)]
         return Prefix(both[0], both[1], self.rows.merge(keeps))
 
 
@@ -362,7 +360,9 @@ def _key_length(module: Any, hidden: Tensor, states: Tensor | None, cache: Any) 
     """How many keys an attention will have of its own, before its cache has the new ones."""
     if states is not None:
         return states.shape[1]
-    before = 0 if cache is None else int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0))
+    before = (
+        0 if cache is None else int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0))
+    )
     return hidden.shape[1] + before
 
 

@@ -81,7 +81,9 @@ def _acts(config: Mapping[str, Any], address: str) -> bool | None:
     if tag in ("lora", "mtl_lora"):
         in_attention = role.removeprefix("cross_")
         if in_attention in _MATRICES:
-            return bool(config["selfattn_lora"]) and _MATRICES[in_attention] in config["attn_matrices"]
+            return (
+                bool(config["selfattn_lora"]) and _MATRICES[in_attention] in config["attn_matrices"]
+            )
         return bool(config.get(_HALVES.get(role, "")))
     if tag == "prefix_tuning":
         return role in _ATTENTION
