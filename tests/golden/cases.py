@@ -26,9 +26,6 @@ from .common import (
     unsupported_head,
 )
 
-UNSUPPORTED_ACTIONS = ("adapter_setup", "full")
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One entry of a manifest.
@@ -59,8 +56,6 @@ class Case:
 
     def left_out(self) -> str | None:
         """Why this version leaves the case out, or None where it takes part."""
-        if action := next((key for key in UNSUPPORTED_ACTIONS if key in self.entry), None):
-            return f"action {action}"
         if unknown := sorted(self.blocks() - {"single", *BLOCKS}):
             return f"block {unknown[0]}"
         for folder in self.entry.get("adapters", {}).values():
@@ -137,7 +132,7 @@ def model_for(case: Case) -> Any:
     """The case's model, with the adapters and heads loaded by us."""
     entry, folder = case.entry, case.folder
     attention = entry.get("attn_implementation") or case.manifest.get("attn_implementation")
-    path = folder / entry.get("model", case.manifest["base"])
+    path = folder / entry.get("full", entry.get("model", case.manifest["base"]))
     auto = flexheads.AutoModelWithHeads
     if entry["level"] == "static":
         auto = getattr(transformers, entry["static_class"])
@@ -146,6 +141,8 @@ def model_for(case: Case) -> Any:
     heads = bool(entry.get("adapters_with_head"))
     for name, where in entry.get("adapters", {}).items():
         assert model.load_adapter(folder / where, load_as=name, with_head=heads) == name
+    if "adapter_setup" in entry:
+        model.load_adapter_setup(folder / entry["adapter_setup"])
     for name, where in entry.get("fusions", {}).items():
         assert model.load_adapter_fusion(folder / where, load_as=name, with_head=False) == name
     for name, where in entry.get("heads", {}).items():

@@ -20,7 +20,9 @@ from flexheads.errors import CheckpointError, UnsupportedError
 from flexheads.methods.config import load_config
 from flexheads.methods.fusion import AdapterFusionConfig
 from flexheads.models.files import library_version, reading
+from flexheads.models.prefixes import PrefixMixin
 from flexheads.models.sharing import SharingMixin
+from flexheads.models.whole_peer import describe_from_peer, is_from_peer, restore_from_peer
 from flexheads.plan import HeadRoute
 from flexheads.plugins import registry
 
@@ -38,7 +40,7 @@ _HUB_ARGUMENTS = (
 )
 
 
-class WholeModelMixin(SharingMixin):
+class WholeModelMixin(SharingMixin, PrefixMixin):
     """``save_pretrained`` for models with adapters.
 
     All tensors go where transformers puts them, under ``adapters.`` and ``heads.`` beside the
@@ -123,6 +125,8 @@ def load_backbone(
             path, *args, output_loading_info=True, **kwargs
         )
     model, info = loaded
+    if from_peer := describe_from_peer(model.config):
+        setattr(model.config, _KEY, from_peer)
     others = [k for k in info["unexpected_keys"] if not k.startswith(_OWN)]
     if report.dropped and (info["missing_keys"] or others):
         logger.warning(
@@ -145,9 +149,14 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
     """
     config = model._attachment.backbone.config
     described = config.__dict__.pop(_KEY, None)
+    hub = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
     if described is None:
         return
-    tensors = _own_tensors(path, {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+    if is_from_peer(described):
+        with reading(path):
+            restore_from_peer(model, path, described, _tensors(path, hub))
+        return
+    tensors = {k: t for k, t in _tensors(path, hub).items() if k.startswith(_OWN)}
     with reading(path):
         for name, fields in described["adapters"]:
             adapter = model._build_adapter(name, load_config(fields, tolerant=True))
@@ -178,22 +187,20 @@ def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 
 
-def _own_tensors(path: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of adapters and heads in the files of a saved model, sharded or not."""
+def _tensors(path: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in the files of a saved model, sharded or not."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single = _file(path, name, hub)
         if single is not None:
-            return _filtered(single)
+            return read_tensors(single)
         index = _file(path, f"{name}.index.json", hub)
         if index is not None:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             files = [_file(path, shard, hub) for shard in sorted(shards)]
-            return {k: t for file in files if file is not None for k, t in _filtered(file).items()}
+            return {
+                k: t for file in files if file is not None for k, t in read_tensors(file).items()
+            }
     raise CheckpointError(f"{path} has adapters in its configuration, but no weights.")
-
-
-def _filtered(file: Path) -> dict[str, Tensor]:
-    return {k: t for k, t in read_tensors(file).items() if k.startswith(_OWN)}
 
 
 def _file(path: str, name: str, hub: Mapping[str, Any]) -> Path | None:

@@ -16,7 +16,9 @@ FUSION_CONFIG = "adapter_fusion_config.json"
 FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
 
 
-class _FusionNames(AdapterNames):
+class FusionNames(AdapterNames):
+    """The parts' own names are those of the files."""
+
     infix = "adapter_fusion_layer"
 
 
@@ -35,13 +37,13 @@ def read_fusion(directory: Path, content: Mapping[str, Any], layout: Layout) -> 
     name = str(required_field(content, "name", directory))
     config = required_field(content, "config", directory)
     # Every release picks tensors by the beginning of the name, so others may be there too.
-    stem = f".{_FusionNames.infix}.{name}"
+    stem = f".{FusionNames.infix}.{name}"
     raw = {
         key: tensor
         for key, tensor in read_tensors(path).items()
         if stem not in key or f"{stem}." in key
     }
-    names = _FusionNames(name, config, layout, old=content.get("version") is None)
+    names = FusionNames(name, config, layout, old=content.get("version") is None)
     tensors, unexpected = names.read(raw)
     if unexpected:
         raise CheckpointError(
@@ -56,6 +58,6 @@ def write_fusion(bundle: Bundle, fusion: SavedFusion, directory: Path, layout: L
     """Writes an AdapterFusion into a directory."""
     content = envelope(bundle.fusion_from, fusion.name, fusion.config)
     content["adapter_names"] = list(fusion.members)
-    names = _FusionNames(fusion.name, fusion.config, layout)
+    names = FusionNames(fusion.name, fusion.config, layout)
     write_json(directory / FUSION_CONFIG, content)
     write_tensors(directory / FUSION_WEIGHTS[0], names.write(fusion.tensors))
