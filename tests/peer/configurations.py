@@ -17,7 +17,9 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "scaled_par_bn": ("scaled_par_bn", {}),
     "seq_bn_inv": ("seq_bn_inv", {}),
     "double_seq_bn_inv": ("double_seq_bn_inv", {}),
-    "adapter_plus": ("adapter_plus", {"stochastic_depth": 0.0}),
+    "adapter_plus": ("adapter_plus", {"stochastic_depth": 0.0, "reduction_factor": 8}),
+    "compacter": ("compacter", {"reduction_factor": 4}),
+    "compacter++": ("compacter++", {"reduction_factor": 2}),
 }
 
 
@@ -47,6 +49,16 @@ FILES: dict[str, dict[str, Any]] = {
         "lora", attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True
     ).to_dict(),
     "lora_gated": PeerConfig.load("lora", use_gating=True).to_dict(),
+    "compacter_W": PeerConfig.load("compacter", reduction_factor=4, shared_W_phm=True).to_dict(),
+    "compacter_rule": PeerConfig.load(
+        "compacter++", reduction_factor=4, factorized_phm_rule=True, phm_rank=2
+    ).to_dict(),
+    "compacter_own": PeerConfig.load(
+        "compacter", reduction_factor=4, shared_phm_rule=False, factorized_phm_W=False
+    ).to_dict(),
+    "loreft": PeerConfig.load("loreft", r=2, suffix_positions=1).to_dict(),
+    "loreft_tied": PeerConfig.load("loreft", r=3, tied_weights=True, layers=[1]).to_dict(),
+    "noreft": PeerConfig.load("noreft", r=2).to_dict(),
     "ia3": PeerConfig.load("ia3").to_dict(),
     "ia3_gated": PeerConfig.load("ia3", use_gating=True).to_dict(),
 }

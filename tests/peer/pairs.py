@@ -63,9 +63,13 @@ def inputs() -> dict[str, Tensor]:
 
 def peer_keys(model: Any, name: str) -> dict[str, list[str]]:
     """For each parameter of an adapter of ours, by logical address, its names in the peer."""
-    adapter, layout = model.adapters[name], model._layout()
-    names = adapter_names(name, adapter.config.to_dict(), layout)
-    return {address: names.keys(address) for address in adapter.state_dict()}
+    names = file_names(model, name)
+    return {address: names.keys(address) for address in model.adapters[name].state_dict()}
+
+
+def file_names(model: Any, name: str) -> Any:
+    """What translates the tensors of an adapter of ours into the peer's."""
+    return adapter_names(name, model.adapters[name].config.to_dict(), model._layout())
 
 
 def adapter_keys(ours: Any, name: str = NAME) -> dict[str, list[str]]:
@@ -75,8 +79,7 @@ def adapter_keys(ours: Any, name: str = NAME) -> dict[str, list[str]]:
 
 def copy_adapter(ours: Any, theirs: Any, name: str = NAME) -> None:
     """Gives the peer's adapter our weights; it must have exactly the parameters that ours has."""
-    tensors = ours.adapters[name].state_dict()
-    named = {k: tensors[address] for address, keys in peer_keys(ours, name).items() for k in keys}
+    named = file_names(ours, name).write(ours.adapters[name].state_dict())
     assert {key for key in theirs.state_dict() if f".{name}." in key} == set(named)
     assert not theirs.load_state_dict(named, strict=False).unexpected_keys
 
@@ -123,3 +126,5 @@ def randomise_named(model: Any, word: str) -> None:
     for key, parameter in model.named_parameters():
         if word in key:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            if key.endswith(".parametrizations.weight.original"):  # its diagonal holds signs
+                parameter.diagonal().copy_(parameter.diagonal().sign())

@@ -56,7 +56,6 @@ OTHER_FIELDS: list[dict[str, Any]] = [
     {"reduction_factor": 1},
     {"reduction_factor": 0.5},
     {"reduction_factor": 3},
-    {"reduction_factor": 1000},
     {"reduction_factor": {"0": 2, "default": 8}},
     {"reduction_factor": {"0": 2, "1": 4}},
     {"reduction_factor": {"default": 5.5}},

@@ -77,7 +77,7 @@ def past_length(cache: Any) -> int | Tensor:
         return 0
     if hasattr(cache, "get_seq_length"):
         length: int | Tensor = cache.get_seq_length()
-        return length
+        return length.clone() if isinstance(length, Tensor) else length  # some count in place
     return int(cache[0][0].shape[-2]) if cache and cache[0] is not None else 0
 
 

@@ -107,6 +107,8 @@ class Scope:
         self.thread.plan = self.previous
         if kind is not None:
             self.thread.values.clear()
+        elif self.previous is None:
+            self.thread.values.pop("call", None)  # or it would keep inputs and caches alive
 
 
 class PlannedCheckpoint:
