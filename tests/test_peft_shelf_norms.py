@@ -138,16 +138,43 @@ def test_rows_have_norms_of_their_own() -> None:
     torch.testing.assert_close(mixed, expected, atol=1e-6, rtol=0)
 
 
-def test_beside_other_adapters() -> None:
-    """A sequential adapter behind a norm, and before one, meets the norm that is tuned."""
-    model = tuned()
-    model.add_adapter("seq", config="pfeiffer")
-    randomise(model.adapters["a"])
-    randomise(model.adapters["seq"])
-    stacked = model(**tiny_inputs(model.config), adapter_names=["a", "seq"]).logits
+OTHERS: dict[str, Any] = {
+    "reads the norm": "pfeiffer",
+    "behind the norm": flexheads.BnConfig(
+        mh_adapter=True,
+        output_adapter=True,
+        reduction_factor=8,
+        non_linearity="relu",
+        original_ln_before=True,
+        original_ln_after=False,
+        residual_before_ln=False,
+        adapter_residual_before_ln=False,
+    ),
+    "parallel": "par_bn",
+    "lora": "lora",
+}
+
+
+@pytest.mark.parametrize("first", ["a", "other"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_adapters_meet_the_tuned_norm(other: str, first: str) -> None:
+    """In whatever order they come, they act as if the norm had been the model's."""
+    model = flexheads.init(tiny_static("BertForSequenceClassification", **NO_DROPOUT))
+    for name in dict.fromkeys((first, "a", "other")):
+        model.add_adapter(name, config="ln_tuning" if name == "a" else OTHERS[other])
+        randomise(model.adapters[name])
+    model.add_adapter("b", config="ln_tuning")
+    inputs = tiny_inputs(model.config)
+    stacked = model(**inputs, adapter_names=["a", "other"]).logits
+    plain = model(**inputs, adapter_names=["b", "other"]).logits
+    assert torch.equal(plain, model(**inputs, adapter_names="other").logits)
+    setup = flexheads.BatchSplit(["a", "other"], ["b", "other"], batch_sizes=[1, 2])
+    mixed = model(**inputs, adapter_names=setup).logits
+    torch.testing.assert_close(mixed, torch.cat([stacked[:1], plain[1:]]), atol=1e-5, rtol=0)
     model.merge_adapter("a")
-    merged = model(**tiny_inputs(model.config), adapter_names="seq").logits
+    merged = model(**inputs, adapter_names="other").logits
     torch.testing.assert_close(stacked, merged, atol=1e-5, rtol=0)
+    assert not torch.allclose(stacked, plain, atol=1e-3)
 
 
 def test_files_bring_the_adapter_back(tmp_path: Path) -> None:

@@ -90,6 +90,12 @@ class Attachment:
         self._call = CallInputs(self.runtime, backbone, spec.layers)
         for site in self._find_sites(model):
             self.sites[site.address] = site
+        norms = {id(s.host): s.address for s in self.sites.values() if s.kind == "norm"}
+        self._norms = {
+            site.address: norms[id(site.norm)]
+            for site in self.sites.values()
+            if isinstance(site, AttachedResidual) and id(site.norm) in norms
+        }
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
     def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
@@ -291,6 +297,10 @@ class Attachment:
         old = [key for key in self._handles if key not in needed]
         for key in old:
             self._handles.pop(key).remove()
+        if any(hook == "leave" for _, hook in new):  # a norm's own hook runs before it
+            for key in [k for k in self._handles if k[0] in self._norms.values()]:
+                self._handles.pop(key).remove()
+                new.append(key)
         for address, hook in sorted(new):
             site = self.sites[address] if address else self._call
             self._handles[address, hook] = site.register(hook)
@@ -337,6 +347,9 @@ class Attachment:
             chains = [self._assemble(c, site, adapters, fusions or {}) for c in routing.chains]
             if any(chains):
                 ops[address] = site.op(chains, rows)
+        for address, norm in self._norms.items():
+            if address in ops and norm in ops:
+                ops[address] = ops[address]._replace(norms=ops[norm].chains)
         return Plan(setup, routing, heads, ops, tuple(skip_layers))
 
     def _assemble(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import AttachedSite, first_argument, first_tensor
+from flexheads.sites.output import OutputPart
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -82,19 +84,30 @@ class ResidualOp(NamedTuple):
     needs: frozenset[str]
     replaces: tuple[bool, ...]
     """For each chain, whether its last part stands in for the layer norm (or the addition)."""
+    norms: tuple[tuple[OutputPart, ...], ...] = ()
+    """For each chain, the parts at the layer norm itself; empty where there are none."""
 
     def run(self, stream: Stream) -> list[Any]:
         """The stream of each chain, behind its parts."""
-        if self.rows is None:
-            return [_run(self.chains[0], stream)]
         count = len(self.chains)
+        norms = [partial(_normed, stream.norm, parts) for parts in self.norms]
+        norms = norms or [stream.norm] * count
+        if self.rows is None:
+            return [_run(self.chains[0], stream._replace(norm=norms[0]))]
         total, x, r = ([None] * count if t is None else self.rows.split(t) for t in stream[:3])
-        streams = (Stream(*own, stream.norm) for own in zip(total, x, r, strict=True))
+        streams = (Stream(*own) for own in zip(total, x, r, norms, strict=True))
         return [_run(parts, own) for parts, own in zip(self.chains, streams, strict=True)]
 
     def merge(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor from those of all chains."""
         return tensors[0] if self.rows is None else self.rows.merge(tensors)
+
+
+def _normed(norm: Any, parts: Sequence[OutputPart], given: Tensor) -> Tensor:
+    output: Tensor = norm(given)
+    for part in parts:
+        output = part(given, output)
+    return output
 
 
 def _run(parts: Sequence[ResidualPart], stream: Stream) -> Stream:

@@ -50,15 +50,15 @@ class TokensOp(NamedTuple):
 
     chains: tuple[tuple[TokensPart, ...], ...]
     rows: RowMap | None
-    host: nn.Module
+    site: AttachedTokens
 
     def for_chain(self, chain: int) -> TokensOp:
         """The same for the rows of one chain only."""
-        return TokensOp((self.chains[chain],), None, self.host)
+        return TokensOp((self.chains[chain],), None, self.site)
 
     def scores(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """The scores with those of changed tokens replaced; shapes as in `TokensPart.scores`."""
-        run = partial(_score, self.host.weight)
+        run = partial(_score, self.site.host.weight)
         return run_chains(self.chains, self.rows, run, hidden, logits)
 
 
@@ -67,9 +67,6 @@ class AttachedTokens(AttachedSite):
 
     Hooks: ``output`` behind the embedding; ``logits`` behind the output embeddings of a static
     language-model head, which acts while the two are tied. Flexible heads ask by themselves.
-
-    Attributes:
-        projection: The embedding's weight, for merging.
     """
 
     kind = "tokens"
@@ -83,7 +80,11 @@ class AttachedTokens(AttachedSite):
     ) -> None:
         super().__init__(address, address, None, host, host.embedding_dim, runtime)
         self.output_embeddings = output_embeddings
-        self.projection = HostWeights(host)
+
+    @property
+    def projection(self) -> HostWeights:
+        """The embedding's weight, for merging."""
+        return HostWeights(self.host)
 
     def needed(self, part: TokensPart) -> frozenset[str]:
         return frozenset({"output"} if self.output_embeddings is None else {"output", "logits"})
@@ -100,7 +101,7 @@ class AttachedTokens(AttachedSite):
                 "Adapters that change the embeddings of tokens can be stacked or run on rows of "
                 "their own, but not be combined with others in a block."
             )
-        return TokensOp(tuple(map(tuple, chains)), rows, self.host)
+        return TokensOp(tuple(map(tuple, chains)), rows, self)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         op: TokensOp | None = self.planned()
