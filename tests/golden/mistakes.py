@@ -1,7 +1,7 @@
 """What is right where the peer's own numbers are no target, by case.
 
 What the peer does there: a Stack inside another block misses the residual and the norm between its
-members; invertible adapters and ReFT take the first member for all rows, and of a Stack or an
+members; invertible adapters, prompts and ReFT take the first member for all rows, and of a Stack or an
 Average; DiReFT is saved without what makes it one; a second LoRA acts on the first one's delta; IA3
 is merged without the projections' biases; the bias of a language-model head is lost where a whole
 checkpoint is converted.
@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexheads.errors import CompositionError
 from flexheads.composition import Average
+from flexheads.errors import CompositionError
 from flexheads.routing import route
 
 from .blocks import check_averaged, check_fused_stack
@@ -76,7 +76,7 @@ def check_merged(case: Case, model: Any) -> None:
 
 
 def check_decomposed(case: Case, model: Any) -> None:
-    """A decomposition in single precision: the peer's numbers too are 2e-5 from double precision."""
+    """A decomposition in single precision: the peer's numbers too are 2e-5 from the exact ones."""
     got = run(case, model)
     for name, tensor in case.expected().items():
         torch.testing.assert_close(got[name], tensor, atol=3e-5, rtol=0)
@@ -175,19 +175,29 @@ def check_averaged_reft(case: Case, model: Any) -> None:
     )
 
 
+def check_reft_sides(case: Case, model: Any) -> None:
+    """A decoder's last tokens are those of its own; the peer takes the encoder's mask for both."""
+    if model.config.is_encoder_decoder:
+        check_stacked_reft(case, model)
+    else:
+        assert_close(run(case, model), case.expected())
+
+
 def _check_reft(case: Case, model: Any, combine: Callable[[Tensor, Any], Tensor]) -> None:
     plain, given = model_for(case.other("base")), case.inputs()
     folders = {name: case.folder / where for name, where in case.entry["adapters"].items()}
-    for number, layer in enumerate(plain.base_model.encoder.layer):
+    paths, sites = plain._attachment.paths(), plain._attachment.sites
+    for site in [site for site in sites.values() if site.kind == "hidden"]:
+        mask = given.get("decoder_attention_mask" if site.side == "decoder" else "attention_mask")
         edits = [
             functools.partial(
                 edited,
                 {
-                    key.partition(f".{number}.reft_layer.refts.{name}.units.")[2]: tensor
-                    for key, tensor in tensors_of(folder).items()
+                    key.partition(f"{paths[site.address]}.reft_layer.refts.{name}.units.")[2]: t
+                    for key, t in tensors_of(folder).items()
                 },
                 read_config(folder)["config"],
-                given["attention_mask"],
+                mask,
             )
             for name, folder in folders.items()
         ]
@@ -197,23 +207,23 @@ def _check_reft(case: Case, model: Any, combine: Callable[[Tensor, Any], Tensor]
                 return (combine(output[0], edits), *output[1:])
             return combine(output, edits)
 
-        layer.register_forward_hook(behind_layer)
+        site.host.register_forward_hook(behind_layer)
     assert_close(run(case, model), run(case, plain, None))
 
 
 def edited(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], mask: Tensor, hidden: Tensor
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], mask: Tensor | None, hidden: Tensor
 ) -> Tensor:
     """The intervention written out, row by row and position by position; no non-linearity."""
     assert not config["non_linearity"]
     assert not config["tied_weights"]
     result = hidden.clone()
+    mask = torch.ones(hidden.shape[:2]) if mask is None else mask
     for row in range(hidden.shape[0]):
-        real = mask[row].nonzero().flatten().tolist()
-        chosen = dict.fromkeys(real[: config["prefix_positions"]], "0")
-        last = config["suffix_positions"]
-        chosen |= dict.fromkeys(real[len(real) - last :], "1")
-        for column, unit in chosen.items():
+        real = range(hidden.shape[1]) if mask is None else mask[row].nonzero().flatten().tolist()
+        units = dict.fromkeys(real[: config["prefix_positions"]], "0")
+        units |= dict.fromkeys(real[len(real) - config["suffix_positions"] :], "1")
+        for column, unit in units.items():
             projection = projection_of(tensors, f"{unit}.projection.", config["r"])
             weight, bias = (tensors[f"{unit}.learned_source.{w}"] for w in ("weight", "bias"))
             state = hidden[row, column]
@@ -252,6 +262,22 @@ def check_without_prompt(case: Case, model: Any) -> None:
     assert_close(got, expected)
 
 
+def check_stacked_prompts(case: Case, model: Any) -> None:
+    """Every prompt of a Stack stands before what the last one left, as one long prompt does."""
+    names = list(case.entry["adapters"])
+    weights = [model.adapters[name].state_dict() for name in reversed(names)]
+    (key,) = weights[0]
+    joined = torch.cat([own[key] for own in weights])
+    config = model.adapters[names[0]].config.replace(prompt_length=len(joined))
+    model.add_adapter("both", config)
+    model.adapters["both"].load_state_dict({key: joined})
+    got = run(case, model)
+    assert_close(got, run(case, model, "both"))
+    assert not torch.allclose(
+        got["last_hidden_state"], run(case, model, names[0])["last_hidden_state"]
+    )
+
+
 def check_refused(case: Case, model: Any) -> None:
     """A block that has no meaning for these adapters is an error."""
     with pytest.raises(CompositionError, match="has no meaning"):
@@ -280,6 +306,8 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/reft_stack": check_stacked_reft,
     "compose/reft_average": check_averaged_reft,
     "adapter/direft": check_direft,
+    "adapter/noreft": check_reft_sides,
+    "adapter/noreft": check_reft_of_sides,
     "average/lora_delta_w_svd": check_decomposed,
     "adapter/dora": check_dora,
     "adapter/dvora": check_dora,
@@ -290,7 +318,7 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "qa+prompt_tuning": check_without_prompt,
     "masked_lm+prompt_tuning": check_without_prompt,
     "causal_lm+prompt_tuning": check_without_prompt,
-    "compose/prompt_stack": check_without_prompt,
+    "compose/prompt_stack": check_stacked_prompts,
     "compose/prompt_parallel": check_chains,
     "compose/prompt_batchsplit": check_chains,
     "compose/prompt_average": check_refused,

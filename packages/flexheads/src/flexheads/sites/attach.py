@@ -256,7 +256,7 @@ class Attachment:
 
     def renamed(self) -> dict[str, str]:
         """The roles of projections that AdapterHub files call by one another's names."""
-        found = {}
+        found: dict[str, str] = {}
         for layers in self.spec.layers:
             own = {_first(p): role for role in LINEAR_ROLES if (p := getattr(layers, role))}
             given = {r: p for r, p in layers.adapterhub.items() if r in LINEAR_ROLES}
@@ -379,10 +379,8 @@ def _projections(
     """The key and the value projection of an attention, where they are modules of their own."""
     words = ("key", "value") if role == "self_attention" else ("cross_key", "cross_value")
     paths = [None if word in layers.fused else getattr(layers, word) for word in words]
-    if None in paths:
-        return None
-    key, value = (find_module(layer, path, owner) for path in paths)
-    return key, value
+    found = [find_module(layer, path, owner) for path in paths if path is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 def _first(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from flexheads.errors import UnsupportedError
 from flexheads.sites.base import AttachedSite, run_chains
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -20,8 +22,8 @@ from flexheads.specs import FusedBlock
 class Projection:
     """What adapters may know of a projection: its weight as ``(out, in)``, and its bias.
 
-    Hides that transformers' ``Conv1D`` stores the transpose, and that a fused module computes
-    several projections at once.
+    Hides that transformers' ``Conv1D`` stores the transpose, that a fused module computes several
+    projections at once, and that a quantised module stores other numbers than it computes with.
 
     Args:
         host: The module.
@@ -38,15 +40,19 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """``(out_features, in_features)``; a view where that is possible."""
-        weight: Tensor = self.host.weight
+        """``(out_features, in_features)``; a view where that is possible.
+
+        Raises:
+            UnsupportedError: If the module does not say what numbers it computes with.
+        """
+        weight = readable(self.host)
         weight = weight.t() if self.transposed else weight
         return weight if self.columns is None else weight[self.columns]
 
     @property
     def bias(self) -> Tensor | None:
         """``(out_features,)``, or None."""
-        bias: Tensor | None = self.host.bias
+        bias: Tensor | None = getattr(self.host, "bias", None)
         return bias if bias is None or self.columns is None else bias[self.columns]
 
     def of(self, output: Tensor) -> Tensor:
@@ -60,12 +66,98 @@ class Projection:
         before, behind = output[..., : self.columns.start], output[..., self.columns.stop :]
         return torch.cat([before, own, behind], dim=-1)
 
+    def run(self, hidden: Tensor) -> Tensor:
+        """Computes the projection again, without its hooks."""
+        return functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
+
+    # --- replacing weight and bias ---------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Raises where `write` cannot make the module compute with a new weight.
+
+        Raises:
+            UnsupportedError: If the module is quantised, and computes in a way of its own.
+        """
+        if not _is_plain(self.host.weight) and type(self.host).forward is not nn.Linear.forward:
+            raise UnsupportedError(
+                f"{type(self.host).__name__} is quantised, so no new weight can be written into "
+                "it. Load the model without quantisation to merge an adapter."
+            )
+
+    def kept(self) -> tuple[Tensor, Tensor | None]:
+        """What `restore` needs to undo `write`."""
+        weight, bias = self.host.weight, self.bias
+        own = None if bias is None else bias.detach().clone()
+        return (self.weight.detach().clone() if _is_plain(weight) else weight), own
+
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Replaces weight and bias."""
+        """Replaces weight and bias; a quantised weight gives way to one that is not."""
+        if not _is_plain(self.host.weight):
+            plain = readable(self.host).clone()
+            self.host.weight = nn.Parameter(plain, requires_grad=False)
         self.weight.copy_(weight)
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def restore(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Brings back what `kept` has given, bit for bit."""
+        if _is_plain(weight):
+            self.weight.copy_(weight)
+        else:
+            self.host.weight = weight
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is stored as the numbers that are computed with."""
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return False
+    return type(weight) in (Tensor, nn.Parameter) or not _dequantises(weight)
+
+
+def _dequantises(weight: Tensor) -> bool:
+    """Whether a weight has a ``dequantize`` of its own; every tensor has one."""
+    return type(weight).dequantize is not Tensor.dequantize or "dequantize" in vars(weight)
+
+
+def readable(host: Any) -> Tensor:
+    """The weight of a module as the numbers that it computes with, quantised or not.
+
+    Raises:
+        UnsupportedError: If the module does not say what they are, or where they are.
+    """
+    weight = getattr(host, "weight", None)
+    if isinstance(weight, Tensor):
+        if weight.device.type == "meta":
+            raise UnsupportedError(
+                f"The weight of a {type(host).__name__} is not in memory, but this needs it. Load "
+                "the model without offloading."
+            )
+        if _is_plain(weight):
+            return weight
+        state = getattr(weight, "quant_state", None)
+        if state is not None:  # four bits, of bitsandbytes
+            bitsandbytes: Any = importlib.import_module("bitsandbytes.functional")
+            plain: Tensor = bitsandbytes.dequantize_4bit(weight.data, state)
+            return plain
+        scales = getattr(weight, "SCB", None)  # eight bits, of bitsandbytes
+        scales = getattr(getattr(host, "state", None), "SCB", None) if scales is None else scales
+        if isinstance(scales, Tensor) and weight.dtype == torch.int8:
+            return weight.data * (scales.view(-1, 1) / 127)
+        if _dequantises(weight) or weight.is_quantized:
+            return weight.dequantize()
+    if callable(getattr(host, "dequantize", None)):
+        whole: Tensor = host.dequantize()
+        return whole
+    raise UnsupportedError(
+        f"{type(host).__name__} does not say what numbers it computes with: its weight is "
+        f"{'missing' if weight is None else getattr(weight, 'dtype', type(weight))}, and neither "
+        "has a dequantize(). Methods that only add to its result work here; this one reads the "
+        "weight."
+    )
 
 
 class LinearPart(nn.Module):
@@ -74,10 +166,13 @@ class LinearPart(nn.Module):
     Attributes:
         changes_input: Whether `enter` does something.
         changes_output: Whether `forward` does something.
+        wants_own_result: Whether `forward` is about the projection's own result, so that behind
+            other parts of a chain it adds what it changes of that.
     """
 
     changes_input = False
     changes_output = True
+    wants_own_result = False
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Changes what a projection is given: ``(batch, sequence, in_features)`` both ways."""
@@ -145,7 +240,7 @@ class AttachedLinear(AttachedSite):
 
     def op(self, chains: Sequence[Sequence[LinearPart]], rows: RowMap | None) -> LinearOp:
         enters = any(part.changes_input for chain in chains for part in chain)
-        return LinearOp(tuple(map(tuple, chains)), rows, enters)
+        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op: LinearOp | None = self.planned()
@@ -160,7 +255,7 @@ class AttachedLinear(AttachedSite):
         hidden, own = args[0], self.projection.of(output)
         if op.enters and self.projection.columns is not None:
             hidden = run_chains(op.chains, op.rows, _enter, hidden)
-            own = functional.linear(hidden, self.projection.weight, self.projection.bias)
+            own = self.projection.run(hidden)
         own = run_chains(op.chains, op.rows, self._run, hidden, own)
         return self.projection.into(output, own)
 
@@ -170,10 +265,36 @@ class AttachedLinear(AttachedSite):
         return output
 
 
+class _Beside(LinearPart):
+    """Adds what a part changes of the projection's own result to what others have made of it."""
+
+    def __init__(self, part: LinearPart) -> None:
+        super().__init__()
+        self.parts = (part,)  # in a tuple: not its own
+
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
+        own = projection.run(hidden)
+        changed: Tensor = self.parts[0](hidden, own, projection)
+        return output + (changed - own)
+
+
+def _beside(chain: Sequence[LinearPart]) -> tuple[LinearPart, ...]:
+    return tuple(
+        _Beside(part) if place and getattr(part, "wants_own_result", False) else part
+        for place, part in enumerate(chain)
+    )
+
+
 def _widths(host: Any) -> tuple[int, int]:
     if isinstance(host, Conv1D):
         return int(host.nx), int(host.nf)
-    return int(host.in_features), int(host.out_features)
+    try:
+        return int(host.in_features), int(host.out_features)
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"{type(host).__name__} stands in the place of a projection, but does not say its "
+            "in_features and out_features."
+        ) from error
 
 
 def _enter(parts: Sequence[LinearPart], hidden: Tensor) -> Tensor:

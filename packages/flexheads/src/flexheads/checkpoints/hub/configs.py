@@ -21,7 +21,8 @@ def hub_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         return {**config, "configs": members}
     if config.get("architecture") in lora.TAGS:
         return lora.hub_fields(config, layout)
-    return dict(config)
+    # The library has this field too, but neither saves nor reads it.
+    return {key: value for key, value in config.items() if key != "subtract_projection"}
 
 
 def modern_config(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def modern_config(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         word = config["non_linearity"]
         config["non_linearity"] = OLD_ACTIVATIONS.get(word, word)
     if config.get("architecture") == "lora" and _is_unscaled(str(version)):
-        config["alpha"] = config["r"]
+        config = lora.scaled_as_before(config, layout)
     if config.get("architecture") in lora.TAGS:
         config = lora.own_fields(config, layout)
     return config
@@ -56,6 +57,6 @@ def _fitting(factor: Any, width: int) -> Any:
 
 
 def _is_unscaled(version: str) -> bool:
-    """Whether a LoRA of that library version did not scale by ``alpha / r``, as until 1.0.1."""
+    """Whether a LoRA of that library version did not always scale by ``alpha / r``."""
     match = re.fullmatch(r"adapters\.(\d+)\.(\d+).*", version)
     return match is not None and (int(match[1]), int(match[2])) < (1, 1)

@@ -18,6 +18,7 @@ TAGS = ("lora", "mtl_lora")
 
 _OWN_FIELDS = ("rank_stabilized", "vera_dense")
 _FIELDS = {"mlp_in": "intermediate_lora", "mlp_out": "output_lora"}
+_UNSCALED = "unscaled mlp"
 _JOINED = ("lora_A", "lora_B", "m.weight", "gate.weight", "gate.bias")
 """What a projection that computes several at once holds for all of them, one below the other."""
 
@@ -42,6 +43,28 @@ def own_fields(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The library's fields with its names for projections replaced by ours; its own inverse."""
     names = {_FIELDS[r]: _FIELDS[layout.renamed.get(r, r)] for r in _FIELDS}
     return {names.get(key, key): value for key, value in config.items()}
+
+
+def scaled_as_before(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The configuration of a release that scaled only where a module computes several projections.
+
+    Elsewhere a factor of one stands for that. Where an adapter has both, `LoRANames` puts the
+    factor into the matrices of those that were not scaled.
+    """
+    fused = any(
+        role.rpartition(".")[2] == "query" and is_fused(layout, path)
+        for role, path in layout.paths.items()
+    )
+    if not (fused and config["selfattn_lora"]):
+        return {**config, "alpha": config["r"]}
+    if config["intermediate_lora"] or config["output_lora"]:
+        return {**config, _UNSCALED: True}
+    return dict(config)
+
+
+def is_fused(layout: Layout, path: str) -> bool:
+    """Whether the module at a path computes several projections."""
+    return sum(own == path for own in layout.paths.values()) > 1
 
 
 class LoRANames(AdapterNames):
@@ -87,7 +110,7 @@ class LoRANames(AdapterNames):
         return own
 
     def _joined(self, path: str, forms: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        if not self._is_fused(path):
+        if not is_fused(self.layout, path):
             return next(iter(forms.values()))
         joined = {}
         order = [site for site in self.layout.paths if site in forms]
@@ -118,6 +141,11 @@ class LoRANames(AdapterNames):
                 tensors |= found
         if self.config.get("init_weights") in ANCHORED:
             tensors = self._split_initial(tensors)
+        if self.config.get(_UNSCALED):
+            self.config = {k: v for k, v in self.config.items() if k != _UNSCALED}
+            factor = self.config["r"] / self.config["alpha"]
+            outside = [a for a in tensors if ".mlp_" in a and a.endswith(".lora_B")]
+            tensors |= {address: tensors[address] * factor for address in outside}
         return self._vectors(tensors), unexpected
 
     def _own_form(self, key: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -125,7 +153,7 @@ class LoRANames(AdapterNames):
         modern = self.modern(key)
         path, found, suffix = modern.partition(f".{self.infix}.{self.name}.")
         sites = [site for site, own in self.layout.paths.items() if own == path] if found else []
-        if not self._is_fused(path) or not sites:
+        if not is_fused(self.layout, path) or not sites:
             address = self.address(key)
             return {address: tensor} if address else None
         adapted = [site for site in sites if site.rpartition(".")[2] in self._roles]
@@ -160,11 +188,6 @@ class LoRANames(AdapterNames):
             return tensors | {address: tensor.diag() for address, tensor in squares.items()}
         self.config = {**self.config, "vera_dense": True}
         return tensors
-
-    # --- projections in one module ----------------------------------------------------------------
-
-    def _is_fused(self, path: str) -> bool:
-        return sum(own == path for own in self.layout.paths.values()) > 1
 
     @property
     def _roles(self) -> set[str]:

@@ -1,0 +1,343 @@
+"""What low-rank methods have at a projection: the change of its weight, and how that acts.
+
+Shapes: a hidden state is ``(batch, sequence, in)``, a result ``(batch, sequence, out)``, a weight
+``(out, in)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flexheads.errors import UnsupportedError
+from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
+from flexheads.sites.linear import LinearPart, Projection
+from flexheads.sites.recording import record
+
+Folded = tuple[Tensor, Tensor | None]
+"""A projection's weight and bias."""
+
+
+class _Gated(LinearPart):
+    """What additive and scaling parts share: the gate, or else the scaling."""
+
+    def __init__(self, in_features: int, config: LoRAConfig) -> None:
+        super().__init__()
+        self.scaling = config.scaling
+        self.gate = nn.Linear(in_features, 1) if config.use_gating else None
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=0.02)
+
+    def factor(self, hidden: Tensor) -> Tensor | float:
+        """The scaling, or the gate in its place: ``(batch, 1, 1)``."""
+        if self.gate is None:
+            return self.scaling
+        gate = torch.sigmoid(self.gate(hidden)).mean(dim=1)
+        record("gate", self, gate.flatten())
+        return gate.unsqueeze(-1)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Folded:
+        """The projection's weight and bias with this part folded in.
+
+        Raises:
+            UnsupportedError: If the part depends on its input.
+        """
+        if self.gate is not None:
+            raise UnsupportedError("A gated LoRA depends on its input, so it cannot be merged.")
+        return self.folded(weight, bias)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> Folded:
+        """`merged`, of a part without a gate."""
+        raise NotImplementedError
+
+    def origin(self, name: str) -> Tensor | float:
+        """The value of a parameter from which what it has learned counts; see TIES and DARE."""
+        return 0.0
+
+
+class Scaling(_Gated):
+    """``y * (B * scaling)``; `lora_B` is ``(out, 1)`` (IA3, arXiv:2205.05638, equation 1)."""
+
+    def __init__(self, projection: Projection, config: LoRAConfig) -> None:
+        super().__init__(projection.in_features, config)
+        self.lora_B = nn.Parameter(torch.ones(projection.out_features, 1))
+        if config.init_weights == "lora":
+            nn.init.zeros_(self.lora_B)
+        elif config.init_weights == "bert":
+            nn.init.normal_(self.lora_B, std=0.02)
+
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
+        """Maps the projection's input and result to the new result."""
+        scale = self.lora_B.view(-1) * self.factor(hidden.to(self.lora_B.dtype))
+        return output * scale.to(output.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> Folded:
+        scale = (self.lora_B * self.scaling).to(weight.dtype)
+        return weight * scale, None if bias is None else bias * scale.view(-1)
+
+    def origin(self, name: str) -> Tensor | float:
+        return 1.0 if name == "lora_B" else 0.0
+
+
+class Magnitude(nn.Module):
+    """DoRA's magnitude of each output, ``weight`` of ``(out, 1)``: at first the weight's own."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(row_norms(weight.detach()).unsqueeze(1))
+
+    def over(self, weight: Tensor) -> Tensor:
+        """``m / ||weight||`` for each output, ``(out,)``; the norm is a constant to gradients."""
+        return self.weight.view(-1) / row_norms(weight.detach()).to(self.weight.dtype)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The norm of each row, ``(out,)``, computed in single precision at least."""
+    precise = weight if weight.dtype == torch.float64 else weight.float()
+    norms: Tensor = torch.linalg.vector_norm(precise, dim=1)
+    return norms.to(weight.dtype)
+
+
+class Delta(_Gated):
+    """``y + scaling * D x`` for a change ``D`` of the weight; subclasses say which.
+
+    With a magnitude ``m`` (DoRA, arXiv:2402.09353, equation 5) it is
+
+        ``m * (W x + scaling * D x) / ||W + scaling * D|| + bias``
+
+    with the norm of each row, which gradients take for a constant (section 4.3). What the
+    projection has computed is used again: ``W x = y - bias``.
+    """
+
+    def __init__(self, projection: Projection, config: LoRAConfig) -> None:
+        super().__init__(projection.in_features, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.m = Magnitude(projection.weight) if config.use_dora else None
+        self.wants_own_result = config.use_dora
+
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
+        """Maps the projection's input and result to the new result."""
+        hidden = hidden.to(self.dtype)
+        change = self.product(self.dropout(hidden)) * self.factor(hidden)
+        if self.m is None:
+            return output + change.to(output.dtype)
+        ratio = self.m.over(self._norm_of(projection.weight)).to(output.dtype)
+        bias = projection.bias
+        bare = output if bias is None else output - bias
+        # Written so that a ratio of one leaves the result as it is, bit for bit.
+        return output + (ratio - 1) * bare + ratio * change.to(output.dtype)
+
+    @torch.no_grad()
+    def _norm_of(self, weight: Tensor) -> Tensor:
+        """``W + scaling * D``; a gate, which differs by row, leaves ``W + D``."""
+        factor = self.scaling if self.gate is None else 1.0
+        return weight.to(self.dtype) + factor * self.delta()
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> Folded:
+        direction = weight + self.scaling * self.delta().to(weight.dtype)
+        if self.m is None:
+            return direction, bias
+        return self.m.over(direction).to(weight.dtype).unsqueeze(1) * direction, bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the part computes."""
+        return next(self.parameters()).dtype
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """``D x``."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """``D``, ``(out, in)``."""
+        raise NotImplementedError
+
+    def origin(self, name: str) -> Tensor | float:
+        if self.m is not None:
+            raise UnsupportedError(
+                "A DoRA has magnitudes, which start at those of the backbone; TIES and DARE are "
+                "about parameters that start at zero. Use the linear strategy."
+            )
+        return super().origin(name)
+
+
+class LowRank(Delta):
+    """``D = B A``; `lora_A` is ``(r, in)``, `lora_B` is ``(out, r)`` (arXiv:2106.09685)."""
+
+    def __init__(self, projection: Projection, config: LoRAConfig) -> None:
+        super().__init__(projection, config)
+        self.lora_A = nn.Parameter(torch.empty(config.r, projection.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(projection.out_features, config.r))
+        draw(self.lora_A, self.lora_B, config.init_weights)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
+
+    def delta(self) -> Tensor:
+        return self.lora_B @ self.lora_A
+
+
+class Anchored(LowRank):
+    """``D = B A - B' A'``, where `initial_A` and `initial_B` are what A and B were at first.
+
+    PiSSA (arXiv:2404.02948, equations 2 to 4) and OLoRA (arXiv:2406.01775, section 3) start from
+    factors of the projection's weight and take their product out of it. Here the weight stays, and
+    the product is taken out of the change.
+    """
+
+    def __init__(self, projection: Projection, config: LoRAConfig) -> None:
+        super().__init__(projection, config)
+        rank, smaller = config.r, min(projection.in_features, projection.out_features)
+        if rank > smaller:
+            raise UnsupportedError(
+                f"init_weights={config.init_weights!r} takes r={rank} directions of a projection "
+                f"that has {smaller}. Choose a smaller r."
+            )
+        up, down = factors(projection.weight.detach(), rank, config)
+        self.lora_A, self.lora_B = nn.Parameter(down), nn.Parameter(up)
+        self.register_buffer("initial_A", down.clone())
+        self.register_buffer("initial_B", up.clone())
+        self.initial_A: Tensor
+        self.initial_B: Tensor
+
+    def product(self, hidden: Tensor) -> Tensor:
+        initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)
+        return super().product(hidden) - initial
+
+    def delta(self) -> Tensor:
+        return super().delta() - self.initial_B @ self.initial_A
+
+    def origin(self, name: str) -> Tensor | float:
+        super().origin(name)
+        start = {"lora_A": self.initial_A, "lora_B": self.initial_B}
+        return start.get(name, 0.0)
+
+
+@torch.no_grad()
+def factors(weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
+    """The factors ``(out, r)`` and ``(r, in)`` of a weight that PiSSA or OLoRA start from."""
+    precise = weight if weight.dtype == torch.float64 else weight.float()
+    if config.init_weights == "olora":
+        q, upper = torch.linalg.qr(precise)
+        up, down = q[:, :rank], upper[:rank]
+    else:
+        u, s, v = torch.linalg.svd(precise, full_matrices=False)
+        root = (s[:rank] / config.scaling).sqrt()
+        up, down = u[:, :rank] * root, root.unsqueeze(1) * v[:rank]
+    return up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous()
+
+
+class Projections(nn.Module):
+    """VeRA's frozen random matrices, as large as the largest projection; smaller ones use a part.
+
+    Args:
+        in_features, out_features: The largest widths.
+        config: The configuration; its seed, or 0, says what is drawn.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: LoRAConfig) -> None:
+        super().__init__()
+        down, up = torch.empty(config.r, in_features), torch.empty(out_features, config.r)
+        draw(down, up, "vera" if config.init_weights == "lora" else config.init_weights)
+        self.register_buffer("lora_A", down)
+        self.register_buffer("lora_B", up)
+        self.lora_A: Tensor
+        self.lora_B: Tensor
+
+
+class Vectors(Delta):
+    """``D = diag(b) B diag(d) A`` (VeRA, arXiv:2310.11454, equation 2).
+
+    `vera_D` is ``(r,)`` and `vera_B` is ``(out,)``, or both are square matrices.
+    """
+
+    def __init__(self, projection: Projection, config: LoRAConfig, shared: Projections) -> None:
+        super().__init__(projection, config)
+        self.shared = (shared,)  # in a tuple: not its own
+        self.sizes = projection.in_features, projection.out_features
+        d = torch.full((config.r,), 0.1 if config.vera_d is None else config.vera_d)
+        b = torch.full((projection.out_features,), config.vera_b or 0.0)
+        self.vera_D = nn.Parameter(d.diag() if config.vera_dense else d)
+        self.vera_B = nn.Parameter(b.diag() if config.vera_dense else b)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The part of the shared matrices for this projection: ``(r, in)`` and ``(out, r)``."""
+        shared, (in_features, out_features) = self.shared[0], self.sizes
+        like = self.vera_B
+        return shared.lora_A[:, :in_features].to(like), shared.lora_B[:out_features].to(like)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        down, up = self.matrices
+        inner = times(functional.linear(hidden, down), self.vera_D)
+        return times(functional.linear(inner, up), self.vera_B)
+
+    def delta(self) -> Tensor:
+        down, up = self.matrices
+        left = times(up.T, self.vera_B).T
+        return left @ times(down.T, self.vera_D).T
+
+
+def times(hidden: Tensor, factor: Tensor) -> Tensor:
+    """Each hidden state times a diagonal, given as a vector, or a square matrix."""
+    return hidden * factor if factor.ndim == 1 else functional.linear(hidden, factor)
+
+
+class TaskMatrix(nn.Module):
+    """MTL-LoRA's matrix of a task: `values` is its diagonal ``(r,)``, or the whole ``(r, r)``."""
+
+    def __init__(self, config: MTLLoRAConfig) -> None:
+        super().__init__()
+        ones = torch.ones(config.r)
+        diagonal = config.task_specific_matrix_type == "singular_values"
+        self.values = nn.Parameter(ones if diagonal else ones.diag())
+
+
+class MultiTask(Delta):
+    """``D = sum_i w_i B_i T A`` (MTL-LoRA, arXiv:2410.09437, equations 3 to 5).
+
+    `lora_A` is ``(r, in)``; `lora_B` is ``(n, out, r)``; ``T`` is the task's own matrix; ``w`` is
+    the softmax of `weights`, ``(n,)``, over the sharpness.
+    """
+
+    def __init__(self, projection: Projection, config: MTLLoRAConfig) -> None:
+        super().__init__(projection, config)
+        count, out = config.n_up_projection, projection.out_features
+        self.lora_A = nn.Parameter(torch.empty(config.r, projection.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(count, out, config.r))
+        draw(self.lora_A, self.lora_B, config.init_weights)
+        self.weights = nn.Parameter(torch.ones(count))
+        self.task_specific = TaskMatrix(config)
+        self.sharpness = config.weights_sharpness
+
+    @property
+    def up(self) -> Tensor:
+        """The weighted up-projection, ``(out, r)``."""
+        weights = (self.weights / self.sharpness).softmax(dim=0)
+        return (weights.view(-1, 1, 1) * self.lora_B).sum(dim=0)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        inner = times(functional.linear(hidden, self.lora_A), self.task_specific.values)
+        return functional.linear(inner, self.up)
+
+    def delta(self) -> Tensor:
+        return self.up @ times(self.lora_A.T, self.task_specific.values).T
+
+
+def draw(down: Tensor, up: Tensor, kind: str) -> None:
+    """Initialises the factors ``(r, in)`` and ``(out, r)`` of a product."""
+    if kind == "bert":
+        nn.init.normal_(down, std=0.02)
+        nn.init.normal_(up, std=0.02)
+    elif kind == "ia3":
+        nn.init.ones_(down)
+        nn.init.ones_(up)
+    elif kind == "vera":
+        nn.init.kaiming_uniform_(down)
+        nn.init.kaiming_uniform_(up)
+    else:
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        nn.init.zeros_(up)
