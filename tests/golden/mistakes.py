@@ -1,10 +1,10 @@
 """What is right where the peer's own numbers are no target, by case.
 
 What the peer does there: a Stack inside another block misses the residual and the norm between its
-members; invertible adapters, prompts and ReFT take the first member for all rows, and of a Stack or an
-Average; DiReFT is saved without what makes it one; a second LoRA acts on the first one's delta; IA3
-is merged without the projections' biases; the bias of a language-model head is lost where a whole
-checkpoint is converted.
+members; invertible adapters, prompts and ReFT take the first member for all rows, and of a Stack or
+an Average; DiReFT is saved without what makes it one; a second LoRA acts on the first one's delta;
+IA3 is merged without the projections' biases; the bias of a language-model head is lost where a
+whole checkpoint is converted.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def check_averaged_reft(case: Case, model: Any) -> None:
     )
 
 
-def check_reft_sides(case: Case, model: Any) -> None:
+def check_reft_of_sides(case: Case, model: Any) -> None:
     """A decoder's last tokens are those of its own; the peer takes the encoder's mask for both."""
     if model.config.is_encoder_decoder:
         check_stacked_reft(case, model)
@@ -306,7 +306,6 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/reft_stack": check_stacked_reft,
     "compose/reft_average": check_averaged_reft,
     "adapter/direft": check_direft,
-    "adapter/noreft": check_reft_sides,
     "adapter/noreft": check_reft_of_sides,
     "average/lora_delta_w_svd": check_decomposed,
     "adapter/dora": check_dora,

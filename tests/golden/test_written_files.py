@@ -30,6 +30,8 @@ def test_an_adapter_is_written_as_the_peer_writes_it(case: Case, tmp_path: Path)
     model, ((name, folder),) = model_for(case), case.entry["adapters"].items()
     model.save_adapter(tmp_path, name, with_head=False)
     theirs, ours = tensors_of(case.folder / folder), tensors_of(tmp_path)
+    # The peer repeats prefixes once for every attention module.
+    theirs = {key: tensor for key, tensor in theirs.items() if ".prefix_tuning.pool." not in key}
     # The peer's base models, unlike its models with heads, leave out the backbone's own name.
     prefix = f"{model.base_model_prefix}."
     assert {k.removeprefix(prefix): t for k, t in ours.items()}.keys() == {

@@ -14,6 +14,7 @@ from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_layers, seeded
 from flexheads.methods.bottleneck_config import BnConfig
+from flexheads.methods.gating import gate_scores
 from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.sites.base import AttachedSite
@@ -118,7 +119,7 @@ class Bottleneck(ResidualPart):
         """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
         delta: Tensor = self.dropout(self.fused(hidden))
         if self.gate is not None:
-            delta = delta * torch.sigmoid(self.gate(hidden)).mean(dim=1).unsqueeze(-1)
+            delta = delta * gate_scores(self, self.gate, hidden)
         return delta
 
     def forward(self, stream: Stream) -> Stream:
