@@ -42,6 +42,7 @@ GPT2 = ArchitectureSpec(
     ),
     norms=("ln_f",),
     pooling="last_token",
+    adapterhub={"old_embeddings": "wte"},
     tiny={
         "n_embd": 32,
         "n_layer": 2,
@@ -56,7 +57,7 @@ GPT2 = ArchitectureSpec(
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}
 
-# The class with two heads at once is left out: it reads its choice at positions given by mc_token_ids.
+# The class with two heads at once is left out: it pools choices where mc_token_ids says.
 _HEADS = {
     "GPT2ForSequenceClassification": HeadRule(
         head_type="classification",

@@ -1,4 +1,4 @@
-"""LLaMA for flexheads: `LlamaModelWithHeads`, adapter sites, and conversions of its static heads."""
+"""LLaMA for flexheads: `LlamaModelWithHeads`, adapter sites, and its static heads converted."""
 
 from __future__ import annotations
 

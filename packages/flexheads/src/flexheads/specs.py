@@ -115,6 +115,8 @@ class ArchitectureSpec:
             backbone's own ``base_model_prefix``.
         adapterhub: For files in the AdapterHub layout: ``"embeddings"`` to the path of the module
             that holds the invertible adapters there; without it they hang at the backbone.
+            ``"old_embeddings"`` to the module behind which the library's ancestor had them act,
+            where that was another place: its invertible adapters are refused.
         tiny: Configuration overrides that make a tiny random model, for tests.
     """
 

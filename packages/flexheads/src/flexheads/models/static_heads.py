@@ -28,10 +28,11 @@ class StaticHead:
     def __init__(self, model: Any) -> None:
         self.model = model
         backbone = model._attachment.backbone
-        inside = {n for n, c in model.named_children() if c is backbone or isinstance(c, NamedModules)}
+        children = list(model.named_children())
+        inside = {n for n, c in children if c is backbone or isinstance(c, NamedModules)}
         if backbone is model:
             inside |= set(model._attachment.own_children())
-        self.children = [c for c in model.named_children() if c[0] not in inside]
+        self.children = [child for child in children if child[0] not in inside]
         state = model.state_dict() if self.children else {}
         self.keys = tuple(key for key in state if key.partition(".")[0] not in inside)
         self.state = {key: state[key] for key in self.keys}

@@ -27,8 +27,8 @@ from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
-from flexheads.sites.prompt import POOLED
 from flexheads.sites.attach import EMBEDDINGS, TOKENS
+from flexheads.sites.prompt import POOLED
 from flexheads.specs import ArchitectureSpec
 
 _LABELS = ("labels", "start_positions", "end_positions")

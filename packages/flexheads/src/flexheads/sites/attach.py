@@ -185,20 +185,9 @@ class Attachment:
         for role in RESIDUAL_ROLES:
             site: ResidualSite | None = getattr(layers, role)
             if site is not None:
-                output = find_module(layer, site.output, owner)
-                norm = None if site.norm is None else find_module(layer, site.norm, owner)
-                yield AttachedResidual(
-                    f"{start}.{role}",
-                    role,
-                    number,
-                    layer,
-                    width,
-                    runtime,
-                    output=output,
-                    residual=find_module(layer, site.residual, owner),
-                    residual_from=site.residual_from,
-                    norm=norm,
-                )
+                modules = _residual_modules(layer, site, owner)
+                address = f"{start}.{role}"
+                yield AttachedResidual(address, role, number, layer, width, runtime, **modules)
         for role in LINEAR_ROLES:
             path: Path | None = getattr(layers, role)
             if path is not None:
@@ -381,6 +370,16 @@ def _projections(
     paths = [None if word in layers.fused else getattr(layers, word) for word in words]
     found = [find_module(layer, path, owner) for path in paths if path is not None]
     return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _residual_modules(layer: nn.Module, site: ResidualSite, owner: str) -> dict[str, Any]:
+    """What a residual site takes, by argument of `AttachedResidual`."""
+    return {
+        "output": find_module(layer, site.output, owner),
+        "residual": find_module(layer, site.residual, owner),
+        "residual_from": site.residual_from,
+        "norm": None if site.norm is None else find_module(layer, site.norm, owner),
+    }
 
 
 def _first(path: Path) -> str:

@@ -128,7 +128,8 @@ def check_residual_sites(architecture: str) -> None:
     _output(model)
     for address, tensors in seen.items():
         assert set(tensors) == {"x", "r", "total"}, f"{address}: not all modules were called."
-        _same(tensors["x"] + tensors["r"], tensors["total"], f"{address}: x + r is not what follows")
+        total = tensors["x"] + tensors["r"]
+        _same(total, tensors["total"], f"{address}: x + r is not what follows")
 
 
 def _note(seen: dict[str, Tensor], key: str, module: nn.Module, which: str) -> None:
@@ -276,7 +277,8 @@ def check_gradient_checkpointing(architecture: str) -> None:
     """
     gradients = []
     for recompute in (False, True):
-        model = tiny_model(architecture, **_without_dropout(architecture), use_cache=False)
+        changes = _without_dropout(architecture)
+        model = tiny_model(architecture, **changes)
         model.train()
         model.add_adapter("a")
         model.train_adapter("a")
@@ -292,11 +294,12 @@ def check_gradient_checkpointing(architecture: str) -> None:
         _same(recomputed / plain.abs().max(), plain / plain.abs().max(), "recomputed gradients")
 
 
-def _without_dropout(architecture: str) -> dict[str, float]:
-    """Configuration changes that make training repeatable."""
+def _without_dropout(architecture: str) -> dict[str, Any]:
+    """Configuration changes that make training repeatable, without a cache."""
     config = tiny_config(architecture).to_dict()
     named = {key: value for key, value in config.items() if "drop" in key or key.endswith("_pdrop")}
-    return {key: 0.0 for key, value in named.items() if isinstance(value, float)}
+    numbers = {key: 0.0 for key, value in named.items() if isinstance(value, float)}
+    return {**numbers, "use_cache": False}
 
 
 def _checkpoint(backbone: Any) -> None:
@@ -350,7 +353,7 @@ def check_conversion(static_class: str) -> None:
 
 
 def check_generation(static_class: str) -> None:
-    """Generating with a cache gives the tokens that come without one, and an adapter changes them."""
+    """Generating with a cache gives the tokens that come without one; an adapter changes them."""
     static = init(tiny_static(static_class))
     static.add_adapter("a", config="double_seq_bn", set_active=True)
     randomise(static.adapters)
