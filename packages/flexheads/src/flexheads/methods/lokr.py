@@ -106,8 +106,9 @@ class Kronecker(DeltaPart):
 
     def product(self, hidden: Tensor) -> Tensor:
         # (w1 ⊗ w2) vec(X) = vec(w1 X w2'), rows first; far smaller than the whole weight.
-        left, right = self.w1() * self.scaling, self.w2()
-        square = hidden.unflatten(-1, (left.shape[1], right.shape[1]))
+        left: Tensor = self.w1() * self.scaling
+        right: Tensor = self.w2()
+        square = hidden.reshape(*hidden.shape[:-1], left.shape[1], right.shape[1])
         return (left @ (square @ right.t())).flatten(-2)
 
 

@@ -37,7 +37,7 @@ class TrainableTokensConfig(AdapterConfig):
     init_weights_seed: int | None = None
 
     def __post_init__(self) -> None:
-        ids = list(self.token_indices)
+        ids: list[Any] = list(self.token_indices)
         if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0]:
             raise ConfigError(f"token_indices names {wrong}; ids are whole numbers from 0.")
         if twice := sorted({i for i in ids if ids.count(i) > 1}):

@@ -90,7 +90,7 @@ class ResidualOp(NamedTuple):
     def run(self, stream: Stream) -> list[Any]:
         """The stream of each chain, behind its parts."""
         count = len(self.chains)
-        norms = [partial(_normed, stream.norm, parts) for parts in self.norms]
+        norms: list[Any] = [partial(_normed, stream.norm, parts) for parts in self.norms]
         norms = norms or [stream.norm] * count
         if self.rows is None:
             return [_run(self.chains[0], stream._replace(norm=norms[0]))]
