@@ -297,6 +297,57 @@ def test_generated_tokens_are_not_the_last_of_the_prompt() -> None:
     torch.testing.assert_close(torch.stack(steps, 1), whole[:, 4:], atol=1e-4, rtol=1e-4)
 
 
+def test_an_encoder_that_generation_calls_by_itself() -> None:
+    """Each side has its own tokens, also where the encoder is called without the model."""
+    pytest.importorskip("flexheads_t5")
+    model = flexheads.init(tiny_static("T5ForConditionalGeneration"))
+    build(model=model, suffix_positions=2)
+    model.generation_config.eos_token_id = None
+    given, states = prompts(padded=True), []
+    model.get_encoder().register_forward_hook(lambda *args: states.append(args[2][0].clone()))
+    start = torch.zeros(3, 1, dtype=torch.long)
+    model(**{key: t.flip(1) for key, t in given.items()}, decoder_input_ids=start)
+    model.generate(**given, max_new_tokens=2)
+    model(**given, decoder_input_ids=start)
+    model.set_active_adapters(None)
+    model(**given, decoder_input_ids=start)
+    _, alone, whole, bare = states
+    torch.testing.assert_close(alone, whole)
+    real = given["attention_mask"].bool()
+    assert ((whole - bare).abs().amax(-1) > 1e-3)[real].all()
+
+
+def test_decoder_tokens_without_a_mask_are_all_real() -> None:
+    pytest.importorskip("flexheads_t5")
+    model = flexheads.init(tiny_static("T5ForConditionalGeneration"))
+    build(model=model, layers=[3], prefix_positions=1, suffix_positions=1)
+    given = prompts(padded=True)
+    ids = torch.randint(3, 90, (3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    states = []
+    model.get_decoder().block[1].register_forward_hook(
+        lambda *args: states.append(args[2][0] if isinstance(args[2], tuple) else args[2])
+    )
+    for how in ({}, {"decoder_attention_mask": mask}):
+        for names in (None, []):
+            model(**given, decoder_input_ids=ids, **how, adapter_names=names)
+    changed = [(states[i] - states[i + 1]).abs().amax(-1) > 1e-6 for i in (0, 2)]
+    assert changed[0].tolist() == [[True, False, False, False, False, True]] * 3
+    assert changed[1][1].tolist() == [True, False, False, True, False, False]
+
+
+def test_generation_of_an_encoder_decoder_with_and_without_a_cache() -> None:
+    pytest.importorskip("flexheads_t5")
+    model = flexheads.init(tiny_static("T5ForConditionalGeneration"))
+    build(model=model)
+    model.generation_config.eos_token_id = None
+    how = {"max_new_tokens": 5, "do_sample": False}
+    one, other = (model.generate(**prompts(True), **how, use_cache=u) for u in (True, False))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, model.generate(**prompts(True), **how, adapter_names=[]))
+
+
 @pytest.mark.parametrize("form", ["added", "boolean", "integer", "by kind of layer"])
 def test_masks_that_transformers_has_prepared(form: str) -> None:
     """Caches of fixed size are longer than the tokens; the prepared mask says what is there."""
