@@ -19,6 +19,7 @@ METHODS: dict[str, Any] = {
     "parallel": "par_bn",
     "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.5),
     "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True, dropout=0.1),
+    "prefix": flexheads.PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
 }
 KINDS = ("flexible", "static")
 Gradients = dict[str, torch.Tensor]

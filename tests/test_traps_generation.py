@@ -17,6 +17,7 @@ METHODS: dict[str, Any] = {
     "parallel": "par_bn",
     "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
     "lora": flexheads.LoRAConfig(attn_matrices=["q", "k", "v"], output_lora=True),
+    "prefix": flexheads.PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
     "invertible": "seq_bn_inv",
 }
 NEW = 6

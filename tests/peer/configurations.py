@@ -38,6 +38,19 @@ def ident(fields: Mapping[str, Any]) -> str:
     )
 
 
+SMALL_PREFIX = {"prefix_length": 4, "bottleneck_size": 8}
+UNIONS: dict[str, Any] = {
+    "mam": adapters.MAMConfig(adapters.PrefixTuningConfig(**SMALL_PREFIX)).to_dict(),
+    "unipelt": adapters.UniPELTConfig(adapters.PrefixTuningConfig(**SMALL_PREFIX)).to_dict(),
+}
+PREFIXES: dict[str, Any] = {
+    "prefix": PeerConfig.load("prefix_tuning", **SMALL_PREFIX).to_dict(),
+    "prefix_flat": PeerConfig.load("prefix_tuning_flat", prefix_length=3).to_dict(),
+    "prefix_gated": PeerConfig.load(
+        "prefix_tuning", use_gating=True, shared_gating=False, leave_out=[0], **SMALL_PREFIX
+    ).to_dict(),
+}
+
 # Fields of the adapters that go through files.
 FILES: dict[str, dict[str, Any]] = {
     **{name: both(name)[1].to_dict() for name in CLASSES},
@@ -61,4 +74,6 @@ FILES: dict[str, dict[str, Any]] = {
     "noreft": PeerConfig.load("noreft", r=2).to_dict(),
     "ia3": PeerConfig.load("ia3").to_dict(),
     "ia3_gated": PeerConfig.load("ia3", use_gating=True).to_dict(),
+    **PREFIXES,
+    **UNIONS,
 }

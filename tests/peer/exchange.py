@@ -13,7 +13,8 @@ def peer_load(model: Any, folder: Path, **how: Any) -> str:
     name = model.load_adapter(
         str(folder), use_safetensors=True, set_active=True, loading_info=info, **how
     )
-    assert not info["missing_keys"]
+    # It keeps one module for the prefixes of all layers, and names it once for each layer.
+    assert not [key for key in info["missing_keys"] if ".prefix_tuning.pool." not in key]
     # The peer's own files too name the bias of a static language-model head twice.
     assert set(info["unexpected_keys"]) <= {"cls.predictions.bias"}
     return str(name)

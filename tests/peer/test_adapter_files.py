@@ -12,7 +12,7 @@ from flexheads import BertModelWithHeads
 from flexheads.testing import randomise
 
 from .comparing import assert_same_outputs
-from .configurations import FILES
+from .configurations import FILES, PREFIXES, UNIONS
 from .exchange import peer_load, written
 from .head_kinds import add_head, head_inputs
 from .library import BertAdapterModel
@@ -29,7 +29,7 @@ from .pairs import (
 pytestmark = pytest.mark.peer
 
 
-@pytest.mark.parametrize(("kind", "safe"), written(FILES, shared=["norms"]))
+@pytest.mark.parametrize(("kind", "safe"), written(FILES, shared=["norms", *PREFIXES, *UNIONS]))
 def test_we_read_the_adapters_that_the_peer_writes(kind: str, safe: bool, tmp_path: Path) -> None:
     theirs, ours = peer_model(), our_model()
     add_peer_adapter(theirs, FILES[kind])

@@ -62,7 +62,7 @@ class ConfigUnion(AdapterConfig):
             "configs": [config.to_dict() for config in self.configs],
         }
 
-    def replace(self, **changes: Any) -> ConfigUnion:  # type: ignore[override]
+    def replace(self, **changes: Any) -> ConfigUnion:
         """A union with other values for some fields.
 
         Args:

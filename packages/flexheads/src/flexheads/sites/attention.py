@@ -316,7 +316,8 @@ class AttachedAttention(AttachedSite):
 
     def _own_bias(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's bias by position, which the prefix has no part in."""
-        bias: Any = type(self.host).disentangled_attention_bias
+        kind: Any = type(self.host)
+        bias = kind.disentangled_attention_bias
         entered = self.runtime.peek(self.address) if self._planned() is not None else None
         if entered is None:
             result: Tensor = bias(self.host, query, key, *args, **kwargs)

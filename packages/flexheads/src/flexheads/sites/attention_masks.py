@@ -12,9 +12,12 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def positions(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The causal mask ``(1, 1, queries, keys)`` where the last query is at the last key."""
-    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    return ones.tril(keys - queries)[None, None]
+    """The causal mask ``(1, 1, queries, keys)`` where the first query is at the first key.
+
+    That is what attention functions without a mask do; keys beyond the queries are those of a
+    static cache that is not full.
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def additive(mask: Tensor, like: Tensor) -> Tensor:

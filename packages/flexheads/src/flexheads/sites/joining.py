@@ -62,7 +62,7 @@ class Joined:
         """A cache that gives the prefix before what another gives, and stores nothing of it."""
         if not isinstance(inner, EncoderDecoderCache):
             return _PrefixedCache(self, inner)
-        both = EncoderDecoderCache.__new__(EncoderDecoderCache)
+        both: Any = EncoderDecoderCache.__new__(EncoderDecoderCache)
         both.__dict__.update(inner.__dict__)
         both.self_attention_cache = _PrefixedCache(self, inner.self_attention_cache)
         both.cross_attention_cache = _PrefixedCache(self, inner.cross_attention_cache)

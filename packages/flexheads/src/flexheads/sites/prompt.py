@@ -109,7 +109,7 @@ def _join(parts: Sequence[PromptPart], hidden: Tensor) -> Tensor:
 def _inserted(tensor: Tensor, rows: Tensor, after_first: bool, dim: int) -> Tensor:
     if not after_first:
         return torch.cat([rows, tensor], dim=dim)
-    first, rest = tensor.split([1, tensor.shape[dim] - 1], dim=dim)
+    first, rest = torch.split(tensor, [1, tensor.shape[dim] - 1], dim=dim)
     return torch.cat([first, rows, rest], dim=dim)
 
 
