@@ -27,7 +27,8 @@ class ProjectionConfig(AdapterConfig):
     """Base class of configurations that choose linear projections.
 
     Attributes:
-        attn_matrices: The attention projections to adapt; any of ``"q", "k", "v", "o"``.
+        attn_matrices: The attention projections to adapt; any of ``"q", "k", "v", "o"``. Those of
+            a decoder's cross-attention are included.
         intermediate: Adapt the first projection of the feed-forward network.
         output: Adapt its second projection.
         leave_out: Numbers of the layers that get no adapter.
@@ -51,7 +52,7 @@ class ProjectionConfig(AdapterConfig):
 
     @property
     def roles(self) -> list[str]:
-        """The roles of the projections that it adapts."""
+        """The roles of the projections that it adapts; those of a cross-attention come on top."""
         roles = [MATRICES[matrix] for matrix in self.attn_matrices]
         return roles + ["mlp_in"] * self.intermediate + ["mlp_out"] * self.output
 
@@ -100,7 +101,10 @@ class ProjectionMethod(AdapterMethod):
             )
         parts: dict[str, nn.Module] = {}
         for site in linear:
-            if site.role in config.roles and site.layer not in config.leave_out:
+            if (
+                site.role.removeprefix("cross_") in config.roles
+                and site.layer not in config.leave_out
+            ):
                 with seeded(config.init_weights_seed):
                     parts[site.address] = self.part(site)
         return parts
