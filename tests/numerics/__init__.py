@@ -1,0 +1,1 @@
+"""Every method on every kind of architecture, in every way of running it; minutes long."""
