@@ -237,7 +237,7 @@ class AttachedPrompt(AttachedSite):
         mask, states = given.get("attention_mask"), given.get("encoder_outputs")
         if mask is None:
             return
-        if states is None or first_tensor(states).shape[1] == mask.shape[1] + op.length:
+        if states is None or states[0].shape[1] == mask.shape[1] + op.length:
             given["attention_mask"] = op.mask(_flat(mask))
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
