@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import flexheads
 from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.methods.lora import LoRAMethod
 from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model
 
 ALL = "attn_matrices=['q', 'k', 'v', 'o'], intermediate_lora=True, output_lora=True"
@@ -260,3 +262,35 @@ def test_the_type_of_the_parameters_is_their_own() -> None:
     model.add_adapter("a", "dora[dtype=bfloat16, use_gating=True]", set_active=True)
     assert {p.dtype for p in model.adapters["a"].parameters()} == {torch.bfloat16}
     assert output(model).dtype == torch.float32
+
+
+# --- which projections ----------------------------------------------------------------------------
+
+
+def test_letters_stand_for_cross_attention_too() -> None:
+    if "t5" not in flexheads.registry().architectures:
+        pytest.skip("t5 is not installed")
+    model = tiny_model("t5")
+    model.add_adapter("a", "lora[attn_matrices=['q', 'o']]")
+    roles = {address.split(".")[2] for address in model.adapters["a"].parts}
+    assert roles == {"query", "attention_output", "cross_query", "cross_attention_output"}
+
+
+def test_a_projection_that_the_architecture_lacks() -> None:
+    sites = tiny_model("bert")._attachment.sites
+    left = {address: site for address, site in sites.items() if site.role not in ("value", "key")}
+    method = LoRAMethod(flexheads.LoRAConfig())
+    with pytest.raises(UnsupportedError, match=r"no projection for value \('v'\); it has .*'q'"):
+        method.build(left, tiny_config("bert"))
+    assert set(LoRAMethod(flexheads.LoRAConfig(attn_matrices=["q"])).build(left, None)) == {
+        "layers.0.query",
+        "layers.1.query",
+    }
+
+
+def test_loading_computes_no_factors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = adapted("lora[init_weights=pissa]")
+    model.save_adapter(tmp_path, "a")
+    monkeypatch.setattr("flexheads.methods.lora_parts.factors", None)
+    model.load_adapter(tmp_path, load_as="b")
+    assert torch.equal(output(model, adapter_names="b"), output(model))

@@ -210,3 +210,41 @@ def test_what_cannot_be_shared(tmp_path: Path) -> None:
     model.delete_adapter("a")
     model.save_pretrained(tmp_path)
     assert set(BertModelWithHeads.from_pretrained(tmp_path).adapters) == {"b", "lora", "wide"}
+
+
+def test_a_release_that_scaled_only_projections_of_one_module(tmp_path: Path) -> None:
+    model = build("lora[r=2, alpha=6, intermediate_lora=True]", "gpt2")
+    randomise(model.adapters["a"])
+    model.save_adapter(tmp_path, "a")
+    content = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    content |= {"version": "adapters.1.0.1", "flexheads": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content), "utf-8")
+    model.load_adapter(tmp_path, load_as="old")
+    for address, factor in (("layers.0.query", 3.0), ("layers.0.mlp_in", 1.0)):
+        part, own = (model.adapters[n].parts[address] for n in ("old", "a"))
+        torch.testing.assert_close(part.scaling * part.delta(), factor * own.delta())
+
+
+def test_a_union_with_vera(tmp_path: Path) -> None:
+    union = {"architecture": "union", "configs": [{}, {}]}
+    union["configs"] = [flexheads.load_config(c).to_dict() for c in ("seq_bn", "vera")]
+    model = build("lora")
+    model.add_adapter("both", union, set_active=True)
+    randomise(model.adapters["both"])
+    model.save_adapter(tmp_path, "both")
+    expected = output(model)
+    model.load_adapter(tmp_path, overwrite_ok=True, set_active=True)
+    assert torch.equal(output(model), expected)
+
+
+def test_a_letter_that_the_other_library_ignores(tmp_path: Path) -> None:
+    model = build("lora")
+    randomise(model.adapters["a"])
+    model.save_adapter(tmp_path, "a")
+    content = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    content["config"]["attn_matrices"] = ["q", "v", "o"]
+    content["flexheads"] = {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content), "utf-8")
+    model.load_adapter(tmp_path, load_as="b")
+    assert model.adapters["b"].config == model.adapters["a"].config
+    assert torch.equal(output(model, adapter_names="b"), output(model))

@@ -63,16 +63,24 @@ def combine(
         raise ConfigError('density is for combine_strategy="ties" and "dare".')
     if strategy == "linear":
         return _sum(states, weights)
-    parts = adapters[0].parts.values()
+    _refuse_others(adapters[0], strategy)
+    if strategy == "lora_delta_w_svd":
+        return _svd(adapters, weights, rank or 1)
+    ups, downs = _sum(states, weights), _sum(states, [abs(weight) for weight in weights])
+    return {key: (ups if key.endswith("lora_B") else downs)[key] for key in ups}
+
+
+def _refuse_others(adapter: Adapter, strategy: str) -> None:
+    """Raises where an adapter has more than the two factors of a LoRA at each site.
+
+    Raises:
+        UnsupportedError: If it does.
+    """
+    parts = adapter.parts.values()
     if any(type(p) is not LowRank or p.gate is not None or p.m is not None for p in parts):
         raise UnsupportedError(
             f'combine_strategy={strategy!r} is about plain LoRA; use "linear" for this adapter.'
         )
-    if strategy == "lora_delta_w_svd":
-        return _svd(adapters, weights, rank or 1)
-    positive = [abs(weight) for weight in weights]
-    ups, downs = _sum(states, weights), _sum(states, positive)
-    return {key: (ups if key.endswith("lora_B") else downs)[key] for key in ups}
 
 
 def _sum(states: Sequence[Tensors], weights: Sequence[float]) -> Tensors:

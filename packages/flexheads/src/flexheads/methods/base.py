@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.config import AdapterConfig
+from flexheads.plugins import registry
 from flexheads.sites.base import AttachedSite
 
 
@@ -129,6 +131,39 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+_FILLING: ContextVar[bool] = ContextVar("filling", default=False)
+
+
+@contextmanager
+def to_be_filled() -> Iterator[None]:
+    """Inside, what is built gets all its values from elsewhere at once, so none are computed."""
+    token = _FILLING.set(True)
+    try:
+        yield
+    finally:
+        _FILLING.reset(token)
+
+
+def awaits_values() -> bool:
+    """Whether values that a method would compute are overwritten at once."""
+    return _FILLING.get()
+
+
+def lacking(method: str, roles: Sequence[str]) -> UnsupportedError:
+    """The error where a model has no site of a role: which it is, and who has one.
+
+    Args:
+        method: What needs them, for the message.
+        roles: The missing roles, as in `flexheads.specs.LayerSpec`.
+    """
+    known = registry().architectures.values()
+    having = [spec.name for spec in known if spec.roles.issuperset(roles)]
+    return UnsupportedError(
+        f"{method} needs {', '.join(roles)}, which this architecture does not name. "
+        f"Installed architectures that do: {', '.join(having) or 'none'}."
+    )
 
 
 def check_leave_out(leave_out: Sequence[int], sites: Mapping[str, AttachedSite]) -> None:

@@ -30,7 +30,8 @@ def lora_plus_groups(
     """
     if not ratio > 0:
         raise ConfigError(f"ratio={ratio!r} must be positive.")
-    up = [p for name, p in _trainable(model) if _is(name, "lora_B")]
+    products = _products(model, "lora_B")
+    up = [p for name, p in _trainable(model) if name in products]
     chosen = {id(p) for p in up}
     rest = [p for _, p in _trainable(model) if id(p) not in chosen]
     groups = [{"params": rest, "lr": lr}, {"params": up, "lr": lr * ratio}]
@@ -51,8 +52,9 @@ def lora_fa_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> li
     Raises:
         ConfigError: If there is no trainable B.
     """
+    products = _products(model, "lora_A")
     for name, parameter in _trainable(model):
-        if _is(name, "lora_A"):
+        if name in products:
             parameter.requires_grad_(False)
     params = [parameter for _, parameter in _trainable(model)]
     return [{"params": params, "lr": lr, "weight_decay": weight_decay}]
@@ -65,12 +67,16 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         ConfigError: If no B is among them.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not any(_is(name, "lora_B") for name, _ in named):
+    products = _products(model, "lora_B")
+    if not any(name in products for name, _ in named):
         raise ConfigError(
             "No low-rank adapter is trainable. Call train_adapter(name) before making groups."
         )
     return named
 
 
-def _is(name: str, word: str) -> bool:
-    return name.rpartition(".")[2] == word
+def _products(model: nn.Module, word: str) -> set[str]:
+    """The names of the parameters of that word where a module has both factors of a product."""
+    names = {name for name, _ in model.named_parameters()}
+    stems = {name.rpartition(".")[0] for name in names if name.endswith(".lora_A")}
+    return {f"{stem}.{word}" for stem in stems if f"{stem}.lora_B" in names}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexheads.errors import UnsupportedError
+from flexheads.methods.base import awaits_values
 from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
 from flexheads.sites.linear import LinearPart, Projection
 from flexheads.sites.recording import record
@@ -26,6 +27,7 @@ class _Gated(LinearPart):
 
     def __init__(self, in_features: int, config: LoRAConfig) -> None:
         super().__init__()
+        self.own_dtype = config.dtype
         self.scaling = config.scaling
         self.gate = nn.Linear(in_features, 1) if config.use_gating else None
         if self.gate is not None:
@@ -112,6 +114,9 @@ class Delta(_Gated):
     projection has computed is used again: ``W x = y - bias``.
     """
 
+    _learned = "lora_B"
+    """A parameter that every part of the class has."""
+
     def __init__(self, projection: Projection, config: LoRAConfig) -> None:
         super().__init__(projection.in_features, config)
         self.dropout = nn.Dropout(config.dropout)
@@ -145,7 +150,8 @@ class Delta(_Gated):
     @property
     def dtype(self) -> torch.dtype:
         """The type in which the part computes."""
-        return next(self.parameters()).dtype
+        dtype: torch.dtype = getattr(self, self._learned).dtype
+        return dtype
 
     def product(self, hidden: Tensor) -> Tensor:
         """``D x``."""
@@ -196,7 +202,10 @@ class Anchored(LowRank):
                 f"init_weights={config.init_weights!r} takes r={rank} directions of a projection "
                 f"that has {smaller}. Choose a smaller r."
             )
-        up, down = factors(projection.weight.detach(), rank, config)
+        if awaits_values():
+            up, down = self.lora_B.detach(), self.lora_A.detach()
+        else:
+            up, down = factors(projection.weight.detach(), rank, config)
         self.lora_A, self.lora_B = nn.Parameter(down), nn.Parameter(up)
         self.register_buffer("initial_A", down.clone())
         self.register_buffer("initial_B", up.clone())
@@ -242,6 +251,7 @@ class Projections(nn.Module):
         super().__init__()
         down, up = torch.empty(config.r, in_features), torch.empty(out_features, config.r)
         draw(down, up, "vera" if config.init_weights == "lora" else config.init_weights)
+        self.own_dtype = config.dtype
         self.register_buffer("lora_A", down)
         self.register_buffer("lora_B", up)
         self.lora_A: Tensor
@@ -253,6 +263,8 @@ class Vectors(Delta):
 
     `vera_D` is ``(r,)`` and `vera_B` is ``(out,)``, or both are square matrices.
     """
+
+    _learned = "vera_B"
 
     def __init__(self, projection: Projection, config: LoRAConfig, shared: Projections) -> None:
         super().__init__(projection, config)

@@ -9,6 +9,8 @@ from typing import Any
 from flexheads.checkpoints.transfer import fill
 from flexheads.errors import ConfigError, UnknownNameError
 from flexheads.methods.average import STRATEGIES, combine
+from flexheads.methods.base import Adapter, to_be_filled
+from flexheads.methods.config import AdapterConfig
 from flexheads.models.mixin import AdapterModelMixin
 
 Names = Sequence[str] | Mapping[str, float]
@@ -40,7 +42,8 @@ class AveragingMixin(AdapterModelMixin):
             normalize_weights: Divide the weights by their sum.
             overwrite_ok: Replace an adapter of that name.
             set_active: Activate it.
-            svd_rank: The rank of the result of ``"lora_delta_w_svd"``.
+            svd_rank: The rank of the result of ``"lora_delta_w_svd"``, which scales as any LoRA
+                of that rank and `alpha` does.
             density: The share of parameters that ``"ties"`` and ``"dare"`` keep; None is what
                 their papers use, 0.2 and 0.1.
             seed: Seed of what ``"dare"`` draws.
@@ -52,30 +55,13 @@ class AveragingMixin(AdapterModelMixin):
             UnsupportedError: If the strategy does not go with the method.
         """
         self._refuse_taken("adapter", adapter_name, overwrite_ok)
-        if combine_strategy not in STRATEGIES:
-            raise UnknownNameError("combine_strategy", combine_strategy, STRATEGIES)
         weighted = _weighted(adapter_list, weights, normalize_weights, "adapter")
         members = [self.adapters[name] for name in weighted]
-        _refuse_different(
-            {name: self.adapters[name].config.to_dict() for name in weighted},
-            ("dropout", "init_weights"),
-        )
-        config = members[0].config
-        if combine_strategy == "lora_delta_w_svd":
-            if svd_rank is None or svd_rank < 1:
-                raise ConfigError(f"lora_delta_w_svd needs a positive svd_rank, not {svd_rank!r}.")
-            config = config.replace(r=svd_rank)
-        elif svd_rank is not None:
-            raise ConfigError("svd_rank is for combine_strategy='lora_delta_w_svd'.")
-        tensors = combine(
-            members,
-            list(weighted.values()),
-            combine_strategy,
-            rank=svd_rank,
-            density=density,
-            seed=seed,
-        )
-        adapter = self._build_adapter(adapter_name, config)
+        config = _average_config(members, combine_strategy, svd_rank)
+        how: Any = {"rank": svd_rank, "density": density, "seed": seed}
+        tensors = combine(members, list(weighted.values()), combine_strategy, **how)
+        with to_be_filled():
+            adapter = self._build_adapter(adapter_name, config)
         fill(adapter, tensors, f"the average {adapter_name!r}")
         self._install(adapter)
         if set_active:
@@ -125,6 +111,31 @@ class AveragingMixin(AdapterModelMixin):
         model._install_head(head)
         if set_active:
             model.active_head = head_name
+
+
+def _average_config(
+    members: Sequence[Adapter], strategy: str, svd_rank: int | None
+) -> AdapterConfig:
+    """The configuration of an average.
+
+    Raises:
+        ConfigError: If those of the members differ, or there is no meaning in the rank.
+        UnknownNameError: If there is no such strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise UnknownNameError("combine_strategy", strategy, STRATEGIES)
+    _refuse_different(
+        {adapter.name: adapter.config.to_dict() for adapter in members},
+        ("dropout", "init_weights"),
+    )
+    if strategy == "lora_delta_w_svd":
+        if svd_rank is None or svd_rank < 1:
+            raise ConfigError(f"lora_delta_w_svd needs a positive svd_rank, not {svd_rank!r}.")
+        rank = {"r": svd_rank} if "r" in members[0].config else {}
+        return members[0].config.replace(**rank)
+    if svd_rank is not None:
+        raise ConfigError("svd_rank is for combine_strategy='lora_delta_w_svd'.")
+    return members[0].config
 
 
 def _weighted(

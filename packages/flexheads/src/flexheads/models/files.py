@@ -27,6 +27,7 @@ from flexheads.errors import (
     FlexheadsError,
     UnknownNameError,
 )
+from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
@@ -113,7 +114,7 @@ class SavingMixin(AdapterModelMixin):
                 "load_adapter_fusion().")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
-        with reading(bundle.source):
+        with reading(bundle.source), to_be_filled():
             config = load_config(bundle.adapter.config, tolerant=True)
             adapter = self._build_adapter(name, config)
             fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")

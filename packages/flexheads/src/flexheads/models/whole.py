@@ -17,6 +17,7 @@ from flexheads.checkpoints.store import read_tensors
 from flexheads.checkpoints.transfer import fill
 from flexheads.composition import from_json, to_json
 from flexheads.errors import CheckpointError, UnsupportedError
+from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.methods.fusion import AdapterFusionConfig
 from flexheads.models.files import library_version, reading
@@ -159,7 +160,8 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
     tensors = {k: t for k, t in _tensors(path, hub).items() if k.startswith(_OWN)}
     with reading(path):
         for name, fields in described["adapters"]:
-            adapter = model._build_adapter(name, load_config(fields, tolerant=True))
+            with to_be_filled():
+                adapter = model._build_adapter(name, load_config(fields, tolerant=True))
             own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
             fill(adapter, own, f"{path}: adapter {name!r}")
             model._install(adapter)

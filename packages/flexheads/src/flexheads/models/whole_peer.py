@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from flexheads.checkpoints.hub.configs import modern_config
 from flexheads.checkpoints.hub.fusion import FusionNames
 from flexheads.checkpoints.hub.heads import HeadNames, modern_head_config
 from flexheads.checkpoints.hub.methods import adapter_names
@@ -48,10 +49,11 @@ def restore_from_peer(
     described, heads = description["peer"], description["heads"]
     layout = model._layout()
     for name, key in described["adapters"].items():
-        fields = load_config(described["config_map"].get(key, key), tolerant=True)
-        adapter = model._build_adapter(name, fields)
-        names = adapter_names(name, fields.to_dict(), layout)
+        config = load_config(described["config_map"].get(key, key), tolerant=True)
+        saved = {"config": config.to_dict(), "version": described.get("version") or ""}
+        names = adapter_names(name, modern_config(saved, layout), layout)
         own, _ = names.read({k: t for k, t in tensors.items() if f".{name}." in k})
+        adapter = model._build_adapter(name, load_config(names.config, tolerant=True))
         fill(adapter, own, f"{path}: adapter {name!r}")
         model._install(adapter)
     for name, key in described.get("fusions", {}).items():

@@ -128,8 +128,8 @@ class LoRANames(AdapterNames):
     def read(self, raw: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The adapter's tensors by logical address, and the keys that have no place.
 
-        Learned square matrices that are no diagonals any more set the configuration's
-        ``vera_dense``.
+        The configuration is what the tensors say: it gets ``vera_dense`` where square matrices are
+        no diagonals any more, and loses the letter ``"o"`` where there is nothing for it.
         """
         tensors: dict[str, Tensor] = {}
         unexpected = []
@@ -146,6 +146,7 @@ class LoRANames(AdapterNames):
             factor = self.config["r"] / self.config["alpha"]
             outside = [a for a in tensors if ".mlp_" in a and a.endswith(".lora_B")]
             tensors |= {address: tensors[address] * factor for address in outside}
+        self._forget_outputs(tensors)
         return self._vectors(tensors), unexpected
 
     def _own_form(self, key: str, tensor: Tensor) -> dict[str, Tensor] | None:
@@ -178,6 +179,13 @@ class LoRANames(AdapterNames):
             else:
                 split[address] = tensor
         return split
+
+    def _forget_outputs(self, tensors: Mapping[str, Tensor]) -> None:
+        """The library takes the letter for an attention's output, but adapts nothing there."""
+        letters = list(self.config.get("attn_matrices", ()))
+        if "o" in letters and not any(f".{MATRICES['o']}." in address for address in tensors):
+            letters.remove("o")
+            self.config = {**self.config, "attn_matrices": letters}
 
     def _vectors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The diagonals of square matrices, if all are diagonal."""

@@ -18,7 +18,14 @@ _BOTTLENECKS = {
 }
 _MATRICES = {"query": "q", "key": "k", "value": "v", "attention_output": "o"}
 _HALVES = {"mlp_in": "intermediate_lora", "mlp_out": "output_lora"}
-_ATTENTION = ("self_attention", "encoder_attention")
+_ROLES = {
+    "prefix_tuning": ("self_attention", "encoder_attention"),
+    "prompt_tuning": ("prompt",),
+    "reft": ("output",),
+    "ln_tuning": ("norm", "norms"),
+    "trainable_tokens": ("tokens",),
+}
+"""By method, the sites that no other method takes."""
 
 
 class UnionNames(AdapterNames):
@@ -55,6 +62,7 @@ class UnionNames(AdapterNames):
             own, others = member.read(raw)
             tensors |= {a: t for a, t in own.items() if self._owner(a) == number}
             unexpected = {key: None for key in unexpected if key in others}
+        self.config = {**self.config, "configs": [member.config for member in self.members]}
         return tensors, list(unexpected)
 
     def keys(self, address: str) -> list[str]:
@@ -73,6 +81,8 @@ def _acts(config: Mapping[str, Any], address: str) -> bool | None:
     if words[0] == "layers" and int(words[1]) in config.get("leave_out", ()):
         return False
     role = words[2] if words[0] == "layers" else words[0]
+    if words[:2] == ["shared", "vera"]:
+        return tag == "lora"
     if role == "shared":
         pool = "control_trans" in words or "wte" in words
         return pool if tag == "prefix_tuning" or pool else None
@@ -85,6 +95,4 @@ def _acts(config: Mapping[str, Any], address: str) -> bool | None:
                 bool(config["selfattn_lora"]) and _MATRICES[in_attention] in config["attn_matrices"]
             )
         return bool(config.get(_HALVES.get(role, "")))
-    if tag == "prefix_tuning":
-        return role in _ATTENTION
-    return None
+    return role in _ROLES[tag] if tag in _ROLES else None
