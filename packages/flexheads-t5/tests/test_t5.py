@@ -5,7 +5,8 @@ import torch
 from transformers import T5EncoderModel, T5ForConditionalGeneration, T5ForTokenClassification
 
 import flexheads
-from flexheads.errors import ConfigError, UnsupportedError
+from flexheads import Parallel, Rows
+from flexheads.errors import CompositionError, ConfigError, UnsupportedError
 from flexheads.testing import tiny_inputs, tiny_model, tiny_static
 from flexheads.testing.tiny import randomise, tiny_config
 
@@ -117,3 +118,28 @@ def test_a_new_question_answering_head_reads_scaled_states_and_a_converted_one_d
     hidden = model(**inputs, head=[]).last_hidden_state
     start = model.heads["a"].layers(hidden * 32**-0.5)[..., 0]
     torch.testing.assert_close(model(**inputs).start_logits, start)
+
+
+def test_generation_runs_the_encoder_under_the_adapters_of_the_call():
+    model = flexheads.init(tiny_static("T5ForConditionalGeneration"))
+    for seed, name in enumerate(("a", "b")):
+        model.add_adapter(name, config="double_seq_bn")
+        randomise(model.adapters[name], seed=seed)
+    inputs = undecoded(model.config)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def logits(**how):
+        return torch.stack(model.generate(**inputs, **settings, **how).logits, dim=1)
+
+    alone = {}
+    for name in ("a", "b"):
+        model.set_active_adapters(name)
+        alone[name] = logits()
+    model.set_active_adapters("a")
+    torch.testing.assert_close(logits(adapter_names="b"), alone["b"])
+    mixed = torch.cat([alone["a"][:1], alone["b"][1:]])
+    torch.testing.assert_close(logits(adapter_names=Rows(["a", "b", "b"])), mixed)
+    assert not torch.allclose(alone["a"], alone["b"], atol=1e-2)
+    with pytest.raises(CompositionError, match="repeats the batch"):
+        logits(adapter_names=Parallel("a", "b"))

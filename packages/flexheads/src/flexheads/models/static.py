@@ -15,6 +15,7 @@ from flexheads.composition import Setup
 from flexheads.conversion.to_static import convert_to_static
 from flexheads.errors import (
     CheckpointError,
+    CompositionError,
     ConversionWarning,
     UnknownNameError,
     UnsupportedError,
@@ -67,6 +68,29 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
             args = ()
         with self._enter(plan):
             return self._attachment.run(self, self.static_class.forward, args, kwargs)
+
+    def _planned_generate(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
+        """Transformers' ``generate``, under one plan from beginning to end.
+
+        Generation calls the encoder of an encoder-decoder model by itself, outside of the forward.
+
+        Raises:
+            CompositionError: If the setup repeats the batch of such a model.
+        """
+        if adapter_names is not None:
+            kwargs["adapter_names"] = adapter_names
+        generate: Any = self.static_class.generate
+        if not getattr(self.config, "is_encoder_decoder", False):
+            return generate(self, *args, **kwargs)
+        plan = self._call_plan(adapter_names)
+        if plan.routing.repeat > 1:
+            raise CompositionError(
+                f"{plan.setup!r} repeats the batch, which the encoder of a {type(self).__name__} "
+                "does not see while it generates. Generate with one adapter after the other, or "
+                "with Rows."
+            )
+        with self._enter(plan):
+            return generate(self, *args, **kwargs)
 
     # --- the static head ----------------------------------------------------------------------
 
@@ -254,6 +278,8 @@ def _with_adapters(original: Any) -> Any:
         "input_names": input_names(original.forward),
         "forward": signed(StaticModelMixin._planned_forward, original.forward, _ARGUMENTS),
     }
+    if hasattr(original, "generate"):
+        body["generate"] = functools.wraps(original.generate)(StaticModelMixin._planned_generate)
     return type(original.__name__, (StaticModelMixin, original), body)
 
 
