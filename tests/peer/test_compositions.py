@@ -15,6 +15,7 @@ from .pairs import adapter_keys, copy_adapter, our_model, peer_model
 
 pytestmark = pytest.mark.peer
 
+PREFIX = "prefix_tuning[prefix_length=4, bottleneck_size=8]"
 BLOCKS: dict[str, tuple[str, Any, Any]] = {
     "stack": ("seq_bn", flexheads.Stack("a", "b"), adapters.Stack("a", "b")),
     "stack_double": ("double_seq_bn", flexheads.Stack("a", "b"), adapters.Stack("a", "b")),
@@ -26,6 +27,13 @@ BLOCKS: dict[str, tuple[str, Any, Any]] = {
     ),
     "batch_split_lora": (
         "lora",
+        flexheads.BatchSplit("a", "b", batch_sizes=[1, 2]),
+        adapters.BatchSplit("a", "b", batch_sizes=[1, 2]),
+    ),
+    "stack_prefix": (PREFIX, flexheads.Stack("a", "b"), adapters.Stack("a", "b")),
+    "parallel_prefix": (PREFIX, flexheads.Parallel("a", "b"), adapters.Parallel("a", "b")),
+    "batch_split_prefix": (
+        PREFIX,
         flexheads.BatchSplit("a", "b", batch_sizes=[1, 2]),
         adapters.BatchSplit("a", "b", batch_sizes=[1, 2]),
     ),
