@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Path = str | tuple[str, ...]
@@ -94,6 +94,9 @@ class LayerSpec:
     adapterhub: Mapping[str, str] = field(default_factory=dict)
 
 
+_NO_ROLES = ("path", "side", "fused", "adapterhub")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSpec:
     """One architecture: where its sites are and how its features are pooled.
@@ -134,6 +137,17 @@ class ArchitectureSpec:
     prefixes: tuple[str, ...] = ()
     adapterhub: Mapping[str, str] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """The roles of the sites that it names; see `LayerSpec`."""
+        named = {
+            field.name
+            for layers in self.layers
+            for field in fields(layers)
+            if field.name not in _NO_ROLES and getattr(layers, field.name)
+        }
+        return frozenset(named | ({"embeddings"} if self.embeddings is not None else set()))
 
     @property
     def with_heads(self) -> str:

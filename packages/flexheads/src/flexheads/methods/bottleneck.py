@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from flexheads.activations import activation
-from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import AdapterMethod, check_layers, seeded
+from flexheads.errors import ConfigError
+from flexheads.methods.base import AdapterMethod, check_layers, lacking, seeded
 from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.gating import gate_scores
 from flexheads.methods.invertible import build_coupling
@@ -174,7 +174,7 @@ class BottleneckMethod(AdapterMethod):
     def _sites_of(self, role: str, sites: Mapping[str, AttachedSite]) -> list[AttachedSite]:
         taken = [s for s in sites.values() if s.role == role and s.kind == "residual"]
         if not taken and role != "cross_attention":
-            raise UnsupportedError(f"This architecture has no {role} site for a bottleneck.")
+            raise lacking("A bottleneck adapter", [role])
         return taken
 
     def _size(self, site: AttachedSite) -> int:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from flexheads.activations import activation
-from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import seeded
+from flexheads.errors import ConfigError
+from flexheads.methods.base import lacking, seeded
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.embedding import EmbeddingPart
 
@@ -105,9 +105,7 @@ def build_coupling(sites: Mapping[str, AttachedSite], config: BnConfig) -> dict[
     """
     site = next((site for site in sites.values() if site.kind == "embedding"), None)
     if site is None:
-        raise UnsupportedError(
-            "This architecture names no embeddings, so it cannot carry an invertible adapter."
-        )
+        raise lacking("An invertible adapter", ["embeddings"])
     factor = config.inv_adapter_reduction_factor
     if factor is None or factor <= 0:
         raise ConfigError("inv_adapter needs a positive inv_adapter_reduction_factor.")

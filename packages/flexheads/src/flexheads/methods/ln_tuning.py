@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import AdapterMethod, check_leave_out
+from flexheads.methods.base import AdapterMethod, check_leave_out, lacking
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.output import OutputPart
@@ -63,7 +63,7 @@ class LNTuningMethod(AdapterMethod):
         check_leave_out(config.leave_out, sites)
         norms = [site for site in sites.values() if site.kind == "norm"]
         if not norms:
-            raise UnsupportedError("This architecture names no layer norms, so none can be tuned.")
+            raise lacking("LN tuning", ["norms"])
         chosen = [
             site
             for site in norms

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
+from flexheads.methods.base import AdapterMethod, check_leave_out, lacking, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.methods.gating import gate_scores
 from flexheads.sites.attention import AttachedAttention, AttentionPart
@@ -215,7 +215,7 @@ class PrefixTuningMethod(AdapterMethod):
             if isinstance(site, AttachedAttention) and self._takes(site):
                 groups.setdefault(location(site), []).append(site)
         if not groups:
-            raise UnsupportedError("This architecture names no attention for a prefix.")
+            raise lacking("Prefix tuning", ["self_attention"])
         parts: dict[str, nn.Module] = {}
         for word, members in groups.items():
             taken = [site for site in members if site.layer not in self.config.leave_out]

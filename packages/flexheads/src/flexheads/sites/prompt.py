@@ -45,7 +45,7 @@ class PromptPart(nn.Module):
 
 
 class PromptOp(NamedTuple):
-    """What the prompt site does in one plan: each prompt of a chain joins what the last one left."""
+    """What the prompt site does in one plan: each prompt of a chain joins what was left."""
 
     chains: tuple[tuple[PromptPart, ...], ...]
     rows: RowMap | None
