@@ -108,11 +108,12 @@ def test_what_is_added_to_a_loaded_model_holds_the_values_of_its_initialisation(
     assert part.down.weight.abs().max() > 0
     assert part.scaling.tolist() == [1.0]
     part = model.adapters["pfeiffer"].get_submodule("layers.0.feed_forward")
-    assert 0.005 < part.up.weight.std() < 0.05  # "bert"
+    assert 0.005 < part.down.weight.std() < 0.05  # "bert"
+    assert (part.up.weight == 0).all()
     assert (part.up.bias == 0).all()
     part = model.adapters["adapterplus"].get_submodule("layers.0.feed_forward")
     assert (part.scaling == 1).all()
-    assert part.up.weight.abs().max() <= 0.02  # "houlsby"
+    assert 0 < part.down.weight.abs().max() <= 0.02  # "houlsby"
     part = model.adapters["lora"].get_submodule("layers.0.query")
     assert (part.lora_B == 0).all()
     assert part.lora_A.std() > 0.05
