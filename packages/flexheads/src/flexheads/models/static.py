@@ -79,7 +79,8 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
         """
         if adapter_names is not None:
             kwargs["adapter_names"] = adapter_names
-        generate: Any = self.static_class.generate
+        original: Any = self.static_class
+        generate = original.generate
         if not getattr(self.config, "is_encoder_decoder", False):
             return generate(self, *args, **kwargs)
         plan = self._call_plan(adapter_names)
