@@ -33,7 +33,7 @@ from flexheads.sites.residual import AttachedResidual
 from flexheads.specs import ArchitectureSpec, HeadConversion
 from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
-CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "lora", "seq_bn_inv")
+CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "vera", "dora")
 """The configurations that the checks try of the core's first methods; of others, the first one."""
 
 
