@@ -225,8 +225,9 @@ def test_files(method: str, tmp_path: Path) -> None:
 # --- caches and generation --------------------------------------------------------------------
 
 
-def decoder(**fields: Any) -> Any:
-    model = flexheads.init(tiny_static("BertLMHeadModel", is_decoder=True, pad_token_id=0))
+def decoder(kind: str = "BertLMHeadModel", **fields: Any) -> Any:
+    also = {"is_decoder": True} if kind.startswith("Bert") else {}
+    model = flexheads.init(tiny_static(kind, pad_token_id=0, **also))
     model.generation_config.eos_token_id = None
     return build(model=model, **fields)
 
@@ -244,7 +245,10 @@ def prompts(padded: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_cached_decoding_is_the_full_forward(padded: bool, kind: str) -> None:
     """A row of one token has its second and third edit at tokens that were generated."""
-    model, given = decoder(prefix_positions=3), prompts(padded)
+    if kind == "static":  # of which the oldest BERT knows nothing
+        pytest.importorskip("flexheads_llama")
+    name = {"static": "LlamaForCausalLM", "dynamic": "BertLMHeadModel"}[kind]
+    model, given = decoder(name, prefix_positions=3), prompts(padded)
     how = {"max_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
     if kind == "static":
         how["cache_implementation"] = "static"
