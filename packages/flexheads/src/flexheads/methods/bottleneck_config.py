@@ -140,7 +140,7 @@ class BnConfig(AdapterConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SeqBnConfig(BnConfig):
-    """One adapter a layer, behind the feed-forward network (Pfeiffer et al. 2020)."""
+    """One adapter a layer, behind the feed-forward (Pfeiffer et al. 2021, arXiv:2005.00247)."""
 
     original_ln_before: bool = True
     residual_before_ln: bool | Literal["post_add"] = True
@@ -184,7 +184,7 @@ class SeqBnInvConfig(SeqBnConfig):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DoubleSeqBnInvConfig(DoubleSeqBnConfig):
-    """`DoubleSeqBnConfig` with an invertible adapter behind the embeddings."""
+    """`DoubleSeqBnConfig` with an invertible adapter, as in MAD-X (arXiv:2005.00052)."""
 
     inv_adapter: Literal["nice", "glow"] | None = "nice"
     inv_adapter_reduction_factor: float | None = 2
