@@ -134,7 +134,8 @@ def test_everything_is_undone_with_the_last_prefix() -> None:
     assert not torch.allclose(model(**given, adapter_names="b")[0], bare, atol=1e-2)
     model.delete_adapter("b")
     assert getattr(module, "config", None) is config
-    assert not module._forward_hooks and not module._forward_pre_hooks
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
     assert not any("flexheads" in name for name in vars(module))
     assert torch.equal(model(**given)[0], bare)
 
@@ -298,7 +299,9 @@ def test_an_ejected_prefix_gives_the_same_and_reloads(
     pytest.importorskip(f"flexheads_{architecture}")
     model = randomise(tiny_model(architecture), std=0.2)
     config: Any = flexheads.PrefixTuningConfig(**SMALL)
-    model.add_adapter("a", flexheads.ConfigUnion(config, flexheads.LoRAConfig()) if union else config)
+    model.add_adapter(
+        "a", flexheads.ConfigUnion(config, flexheads.LoRAConfig()) if union else config
+    )
     randomise(model.adapters["a"], std=0.5)
     model.set_active_adapters("a")
     before = model(**ids())[0]

@@ -102,7 +102,9 @@ class FlatPool(nn.Module):
         config: The adapter's configuration.
     """
 
-    def __init__(self, shape: tuple[int, int, int], length: int, config: PrefixTuningConfig):
+    def __init__(
+        self, shape: tuple[int, int, int], length: int, config: PrefixTuningConfig
+    ) -> None:
         super().__init__()
         self.layers, self.heads, self.size = shape
         self.length = length

@@ -152,6 +152,7 @@ class AttachedAttention(AttachedSite):
         self.mechanism, self.names = mechanism(host, projections is not None)
         self.shares_bias = "position_bias" in self.names
         self.head_size, self.key_heads = _sizes(host, own)
+        self._has_own_bias = hasattr(type(host), "disentangled_attention_bias")
         self.original: Any = None
         self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
 
@@ -180,7 +181,7 @@ class AttachedAttention(AttachedSite):
             # Behind the hooks of other adapters, which see as many rows as the module was given.
             handles.append(key.register_forward_hook(self._after_key))
             handles.append(value.register_forward_hook(self._after_value))
-            if hasattr(type(self.host), "disentangled_attention_bias"):
+            if self._has_own_bias:
                 vars(self.host)["disentangled_attention_bias"] = self._own_bias
         return undoing(handles, self._leave)
 
@@ -297,6 +298,8 @@ class AttachedAttention(AttachedSite):
         self.runtime.put(self.address, (keys, values, length if changes else 0))
         mask_name = next(word for word in _MASKS if word in self.names)
         mask = given.get(mask_name)
+        if mask is not None and self._has_own_bias:  # true may be attended to, in any dtype
+            mask = mask.bool()
         changes[mask_name] = widen(mask, length, keep, hidden.shape[1], hidden)
         return _replaced(self.names, args, kwargs, changes)
 
