@@ -386,6 +386,11 @@ def test_a_text_gives_its_embeddings_again_and_again(tmp_path: Any) -> None:
     weight = model.base_model.embeddings.word_embeddings.weight
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)("good film")["input_ids"]
     assert torch.equal(prompt_of(model), weight[torch.tensor(([*tokens] * 2)[:6])])
+    # A saved prompt has its values, so it needs no tokenizer.
+    model.save_adapter(tmp_path / "saved", "a")
+    del model.config.tokenizer_name_or_path
+    model.load_adapter(tmp_path / "saved", load_as="b")
+    assert torch.equal(prompt_of(model, "b"), prompt_of(model, "a"))
 
 
 def test_a_decoder_of_the_other_kind_is_refused() -> None:

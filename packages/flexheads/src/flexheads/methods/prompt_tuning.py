@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig
 
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.methods.base import AdapterMethod, seeded
+from flexheads.methods.base import AdapterMethod, awaits_values, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.prompt import PROMPT, AttachedPrompt, PromptPart
@@ -106,7 +106,7 @@ class PromptTuningMethod(AdapterMethod):
     def _text(self, site: AttachedPrompt, model_config: PretrainedConfig) -> Tensor | None:
         """The embeddings of the initial text, ``(length, width)``."""
         config = self.config
-        if config.prompt_init != "from_string":
+        if config.prompt_init != "from_string" or awaits_values():
             return None
         ids = _ids(str(config.prompt_init_text), model_config)
         times = -(-config.prompt_length // len(ids))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import nn
 
 from flexheads.errors import ConfigError
+from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import AdapterConfig
 from flexheads.methods.prefix_tuning import Pool, PrefixTuningConfig
 from flexheads.methods.union import ConfigUnion
@@ -35,7 +35,8 @@ class PrefixMixin(AdapterModelMixin):
         pools = {n: m for n, m in old.named_modules() if isinstance(m, Pool)}
         if not pools:
             raise ConfigError(f"Adapter {name!r} has no network that makes prefixes.")
-        new = self._build_adapter(name, _flat(old.config))
+        with to_be_filled():
+            new = self._build_adapter(name, _flat(old.config))
         state = new.state_dict()
         with torch.no_grad():
             for key, tensor in old.state_dict().items():
@@ -45,9 +46,7 @@ class PrefixMixin(AdapterModelMixin):
                 state[f"{address}.control_trans"].copy_(pool.flattened())
         trains = any(p.requires_grad for p in old.parameters())
         nn.Module.requires_grad_(new, trains)
-        active: Any = self.active_adapters
         self._install(new)
-        self.set_active_adapters(active)
 
 
 def _flat(config: AdapterConfig) -> AdapterConfig:
