@@ -227,6 +227,26 @@ def test_causal_attention_is_equal_for_both_functions(architecture: str, padded:
     assert not torch.allclose(other[:, 5], outputs[1][:, 5], atol=1e-3)
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_two_sides_generate_the_same_however_keys_are_kept(flat: bool) -> None:
+    pytest.importorskip("flexheads_t5")
+    outputs, tokens = [], []
+    for attention in ("eager", "sdpa") if V5 else ("eager",):
+        config = tiny_model("t5", attn_implementation=attention).config
+        plain = transformers.T5ForConditionalGeneration(config).eval()
+        model = with_prefix(flexheads.init(randomise(plain, std=0.2)), "a", flat=flat)
+        given = ids(padded=True)
+        outputs.append(model(**given, decoder_input_ids=given["input_ids"][:, :4]).logits)
+        for how in ({"use_cache": True}, {"use_cache": False}, {"num_beams": 3}):
+            how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **how}
+            tokens.append(model.generate(**given, **how))
+        assert torch.equal(tokens[-2], tokens[-3])
+        uncached = model.generate(**given, **{**how, "use_cache": False})
+        assert torch.equal(tokens[-1], uncached)
+    torch.testing.assert_close(outputs[0], outputs[-1], atol=1e-5, rtol=0)
+    assert torch.equal(tokens[0], tokens[-3])
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 

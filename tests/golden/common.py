@@ -69,6 +69,8 @@ def unsupported_adapter(folder: Path) -> str | None:
         registry().method_for_tag(config.get("architecture") or "bottleneck")
     except UnknownNameError:
         return f"method {config['architecture']}"
+    if config.get("architecture") == "prompt_tuning" and not tensors_of(folder):
+        return "method prompt_tuning, of which an old release saved nothing"
     shares = config.get("phm_layer") and config["shared_phm_rule"]
     if shares and not any("shared_parameters." in key for key in tensors_of(folder)):
         return "field phm_layer, with the shared tensors that old releases did not save"
