@@ -101,6 +101,20 @@ def _facts(config: str) -> tuple[str, ...]:
     return known.places, known.size, yes[known.merges], yes[known.neutral]
 
 
+def takes() -> str:
+    """Which configuration goes into which block."""
+    import measured
+
+    pages, rows = pages_by_identifier(), []
+    for spec in registry().methods.values():
+        firsts = {_meaning(spec, name): name for name in reversed(spec.identifiers)}
+        for name in reversed(firsts.values()):
+            taken = measured.blocks(NEEDS.get(name, name)).values()
+            answers = ("yes" if one else "no" for one in taken)
+            rows.append((f"[`{name}`](methods/{pages[name]})", *answers))
+    return table(("configuration", *(code(name) for name in BLOCKS)), rows)
+
+
 def _meaning(spec: AdapterMethodSpec, name: str) -> str:
     """What an identifier stands for; the same for those that mean the same."""
     kind, fixed = spec.identifiers[name]
@@ -289,6 +303,7 @@ PARTS: dict[str, Callable[..., str]] = {
         fields,
         fusions,
         nesting,
+        takes,
         about,
         others,
     )

@@ -25,7 +25,7 @@ class AdapterFusionConfig(Config):
     Attributes:
         key, query, value: Which of the three projections there are.
         query_before_ln: Ask with the sub-layer's result instead of what the adapters see.
-        regularization: Whether `fusion_regularization` counts this fusion.
+        regularization: Whether `get_fusion_regularization_loss` counts this fusion.
         residual_before: Add the skip to every adapter's output before attending, instead of to
             the result.
         temperature: Anneal the softmax in training, from 50 to 1 over 980 forward passes.
