@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 
 import flexheads
-from flexheads.errors import ConfigError
+from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
 V5 = int(transformers.__version__.partition(".")[0]) >= 5
@@ -343,6 +343,16 @@ def test_an_ejected_prefix_gives_the_same_and_reloads(
 def test_impossible_configurations_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(fields))):
         flexheads.PrefixTuningConfig(**fields)
+
+
+def test_a_module_without_a_way_in_is_refused_before_anything_changes() -> None:
+    model = randomise(tiny_model("bert"), std=0.2)
+    site = model._attachment.sites["layers.1.self_attention"]
+    site.mechanism = None
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attention"):
+        with_prefix(model, "a")
+    assert not model.adapters
+    assert not any(m._forward_pre_hooks for m in model.base_model.modules())
 
 
 def test_a_layer_left_out_has_no_prefix() -> None:

@@ -26,6 +26,7 @@ from .common import (
     unsupported_head,
 )
 
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One entry of a manifest.

@@ -37,15 +37,14 @@ class Legacy:
         return read_json(file) if file.is_file() else {}
 
     def left_out(self) -> str | None:
-        if self.folder.name == "fusion":
-            return "block Fuse"
         if self.folder.name == "full_model":
             return "whole model"
         if not (self.folder / "expected.pt").is_file():
             return "no outputs recorded"
         if self.is_refused():
             return "refused"
-        return unsupported_adapter(self.folder) or unsupported_head(self.head.get("config"))
+        folder = self.folder / "a" if self.folder.name == "fusion" else self.folder
+        return unsupported_adapter(folder) or unsupported_head(self.head.get("config"))
 
     def is_refused(self) -> bool:
         """Whether its invertible adapter acts at a place that is no site here."""
@@ -67,6 +66,11 @@ class Legacy:
         """A model with flexible heads, with the adapter and (converted) heads loaded and active."""
         auto = flexheads.AutoModelWithHeads
         model = auto.from_pretrained(self.base, attn_implementation="eager")
+        if self.folder.name == "fusion":
+            for name in "ab":
+                model.load_adapter(self.folder / name)
+            model.load_adapter_fusion(self.folder / "fusion", set_active=True)
+            return model
         model.load_adapter(self.folder, set_active=True)
         return model
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
+from torch import Tensor
 
+import flexheads
 from flexheads.errors import CheckpointError
 from flexheads.plugins import registry
 
-from .common import MARKS, assert_close, assert_tensor_close, call, chosen
+from .common import MARKS, assert_close, assert_tensor_close, call, chosen, read_json
 from .legacy import Legacy, all_legacy
 
 pytestmark = MARKS
@@ -31,6 +35,27 @@ def test_legacy(case: Legacy) -> None:
 def test_legacy_invertible_adapters_of_another_place_are_refused(case: Legacy) -> None:
     with pytest.raises(CheckpointError, match="acts right behind 'wte'"):
         case.flexible()
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in all_legacy() if c.left_out() == "whole model"], ids=lambda case: case.name
+)
+def test_legacy_whole_model(case: Legacy) -> None:
+    """Every tensor of adapters and heads in the file finds its place, with its values."""
+    model = flexheads.AutoModelWithHeads.from_pretrained(str(case.folder))
+    content = torch.load(case.folder / "pytorch_model.bin", weights_only=True)
+    described = read_json(case.folder / "config.json")
+    assert list(model.adapters) == list(described["adapters"]["adapters"])
+    assert list(model.heads) == list(described["prediction_heads"])
+    for name in model.adapters:
+        layers = [t for k, t in content.items() if f"adapters.{name}." in k]
+        assert total(model.adapters[name].state_dict().values()) == pytest.approx(total(layers))
+        own = [t for k, t in content.items() if k.startswith(f"heads.{name}.")]
+        assert total(model.heads[name].state_dict().values()) == pytest.approx(total(own))
+
+
+def total(tensors: Iterable[Tensor]) -> float:
+    return sum(tensor.double().abs().sum().item() for tensor in tensors)
 
 
 @pytest.mark.parametrize("case", STATIC, ids=lambda case: case.name)

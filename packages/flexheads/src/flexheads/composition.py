@@ -321,7 +321,7 @@ def from_json(described: Any) -> Block | None:
     children = [from_json(c) if isinstance(c, dict) else c for c in described["children"]]
     if kind is Rows:
         return Rows(children)
-    field = _FIELDS.get(described["type"])
+    field = _FIELDS.get(described["type"], "")
     fields = {field: described[field]} if field in described else {}
     if kind is Average:
         fields["normalize_weights"] = False

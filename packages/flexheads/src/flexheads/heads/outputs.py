@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,8 +30,9 @@ def head_output(kind: type[ModelOutput], backbone: Any, **own: Any) -> Any:
     """
     if "encoder_last_hidden_state" in backbone:
         kind = _OF_TWO_SIDES.get(kind, kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in own]  # type: ignore[arg-type]
-    return kind(**own, **{name: backbone.get(name) for name in names})
+    # The plain attribute, because compiling does not see through dataclasses.fields.
+    fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind(**own, **{name: backbone.get(name) for name in fields if name not in own})
 
 
 class MultiHeadOutput(dict[str, Any]):

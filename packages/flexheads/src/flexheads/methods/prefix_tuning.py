@@ -234,6 +234,8 @@ class PrefixTuningMethod(AdapterMethod):
 
     def _build_group(self, word: str, sites: Sequence[AttachedAttention]) -> dict[str, nn.Module]:
         config, first = self.config, sites[0]
+        for site in sites:
+            site.check_way_in()
         shape = (len(sites), first.key_heads, first.head_size)
         if any((s.key_heads, s.head_size) != shape[1:] for s in sites):
             raise UnsupportedError(

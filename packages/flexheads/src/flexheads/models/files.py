@@ -110,16 +110,16 @@ class SavingMixin(AdapterModelMixin):
             return self._load_upstream(adapter_name_or_path, revision, upstream)
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
-            raise CheckpointError(f"{bundle.source} holds no adapter; use load_head() or "
-                "load_adapter_fusion().")
+            what = "load_head() or load_adapter_fusion()"
+            raise CheckpointError(f"{bundle.source} holds no adapter; use {what}.")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
         with reading(bundle.source), to_be_filled():
             config = load_config(bundle.adapter.config, tolerant=True)
             adapter = self._build_adapter(name, config)
             fill(adapter, bundle.adapter.tensors, f"{bundle.source}: adapter {name!r}")
-        head_name = load_as if load_as is not None or not _is_static(bundle) else name
-        heads = self._prepare_head(bundle, head_name, id2label, overwrite_ok) if with_head else None
+        head = load_as if load_as is not None or not _is_static(bundle) else name
+        heads = self._prepare_head(bundle, head, id2label, overwrite_ok) if with_head else None
         self._install(adapter)
         self._install_prepared(heads)
         if set_active:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from flexheads.checkpoints.hub.methods import adapter_names
 from flexheads.checkpoints.transfer import fill
 from flexheads.methods.config import load_config
 from flexheads.methods.fusion import AdapterFusionConfig
+
+logger = logging.getLogger(__name__)
 
 
 def describe_from_peer(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -49,10 +52,16 @@ def restore_from_peer(
     described, heads = description["peer"], description["heads"]
     layout = model._layout()
     for name, key in described["adapters"].items():
+        old = isinstance(key, list)  # the first generation wrote a type beside it
+        key = key[-1] if old else key
         config = load_config(described["config_map"].get(key, key), tolerant=True)
-        saved = {"config": config.to_dict(), "version": described.get("version") or ""}
-        names = adapter_names(name, modern_config(saved, layout), layout)
+        version = None if old else described.get("version") or ""
+        fields = modern_config({"config": config.to_dict(), "version": version}, layout)
+        names = adapter_names(name, fields, layout, old=old)
         own, _ = names.read({k: t for k, t in tensors.items() if f".{name}." in k})
+        if not own:
+            logger.warning("%s: adapter %r is named, but not there; it is left out.", path, name)
+            continue
         adapter = model._build_adapter(name, load_config(names.config, tolerant=True))
         fill(adapter, own, f"{path}: adapter {name!r}")
         model._install(adapter)
@@ -66,7 +75,11 @@ def restore_from_peer(
     for name, saved in heads.items() if hasattr(model, "heads") else ():
         fields = modern_head_config({"config": saved, "version": ""})
         keys = HeadNames(fields)
+        found = {keys.address(k, name): t for k, t in tensors.items() if k.startswith("heads.")}
+        own = {address: tensor for address, tensor in found.items() if address}
+        if not own:
+            logger.warning("%s: head %r is named, but not there; it is left out.", path, name)
+            continue
         head = model._build_head(name, fields.pop("head_type"), fields, None, True)
-        found = {keys.address(k, name): t for k, t in tensors.items()}
-        fill(head, {k: t for k, t in found.items() if k}, f"{path}: head {name!r}")
+        fill(head, own, f"{path}: head {name!r}")
         model._install_head(head)

@@ -146,12 +146,13 @@ class AttachedAttention(AttachedSite):
         projections: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         own: Any = getattr(host, "config", None) or config
-        super().__init__(address, role, layer, host, own.hidden_size, runtime)
+        width = getattr(own, "hidden_size", None) or config.hidden_size
+        super().__init__(address, role, layer, host, width, runtime)
         self.stack, self.index, self.side, self.location = stack, index, side, location
         self.projections = projections
         self.mechanism, self.names = mechanism(host, projections is not None)
         self.shares_bias = "position_bias" in self.names
-        self.head_size, self.key_heads = _sizes(host, own)
+        self.head_size, self.key_heads = _sizes(host, own, width)
         self._has_own_bias = hasattr(type(host), "disentangled_attention_bias")
         self.original: Any = None
         self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
@@ -159,12 +160,20 @@ class AttachedAttention(AttachedSite):
     def needed(self, part: AttentionPart) -> frozenset[str]:
         return frozenset({"attention"})
 
-    def register(self, hook: str) -> RemovableHandle:
+    def check_way_in(self) -> None:
+        """Refuses a module that leaves no way in for a prefix.
+
+        Raises:
+            UnsupportedError: If it does not.
+        """
         if self.mechanism is None:
             raise UnsupportedError(
                 f"{type(self.host).__name__} at {self.address} leaves no way in for a prefix with "
                 "the installed transformers; update it, or choose another method."
             )
+
+    def register(self, hook: str) -> RemovableHandle:
+        assert self.mechanism is not None
         enter = {
             "interface": self._note,
             "cache": self._enter_cache,
@@ -381,14 +390,14 @@ def _replaced(
     return (*placed, *args[len(placed) :]), {**kwargs, **rest}
 
 
-def _sizes(host: Any, config: Any) -> tuple[int, int]:
+def _sizes(host: Any, config: Any, width: int) -> tuple[int, int]:
     """The size of a head, and how many key and value heads a module has."""
     heads = _first_of(host, ("num_heads", "num_attention_heads", "n_heads"))
-    heads = heads or config.num_attention_heads
+    heads = heads or getattr(config, "num_attention_heads", None) or 1
     words = ("head_dim", "attention_head_size", "key_value_proj_dim")
     size = _first_of(host, words) or _first_of(config, ("head_dim", "d_kv"))
     keys = getattr(config, "num_key_value_heads", None) or heads
-    return int(size or config.hidden_size // heads), int(keys)
+    return int(size or width // heads), int(keys)
 
 
 def _first_of(owner: Any, names: Sequence[str]) -> int | None:
