@@ -15,7 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flexheads.errors import UnsupportedError
 from flexheads.sites.attention_masks import additive, positions, prefix_keep, widen
 from flexheads.sites.base import AttachedSite, first_argument
-from flexheads.sites.joining import CACHES, Joined, mechanism, private_config, undoing
+from flexheads.sites.joining import (
+    CACHES,
+    Joined,
+    head_sizes,
+    mechanism,
+    private_config,
+    replaced,
+    undoing,
+)
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import Side
@@ -152,7 +160,7 @@ class AttachedAttention(AttachedSite):
         self.projections = projections
         self.mechanism, self.names = mechanism(host, projections is not None)
         self.shares_bias = "position_bias" in self.names
-        self.head_size, self.key_heads = _sizes(host, own, width)
+        self.head_size, self.key_heads = head_sizes(host, own, width)
         self._has_own_bias = hasattr(type(host), "disentangled_attention_bias")
         self.original: Any = None
         self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
@@ -277,7 +285,7 @@ class AttachedAttention(AttachedSite):
                 mask = positions(hidden.shape[1], total, hidden.device)
                 mask = additive(mask, hidden)
             changes[mask_name] = widen(mask, keys.shape[2], keep, total, hidden)
-        return _replaced(self.names, args, kwargs, changes) if changes else None
+        return replaced(self.names, args, kwargs, changes) if changes else None
 
     def _fit_bias(self, given: Mapping[str, Any], length: int) -> dict[str, Any]:
         """Fits the bias of another layer to this one's prefix, where layers differ in that."""
@@ -310,7 +318,7 @@ class AttachedAttention(AttachedSite):
         if mask is not None and self._has_own_bias:  # true may be attended to, in any dtype
             mask = mask.bool()
         changes[mask_name] = widen(mask, length, keep, hidden.shape[1], hidden)
-        return _replaced(self.names, args, kwargs, changes)
+        return replaced(self.names, args, kwargs, changes)
 
     def _after_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return self._grow(output, 0)
@@ -377,29 +385,3 @@ def _key_length(module: Any, hidden: Tensor, states: Tensor | None, cache: Any) 
         0 if cache is None else int(cache.get_seq_length(getattr(module, "layer_idx", None) or 0))
     )
     return hidden.shape[1] + before
-
-
-def _replaced(
-    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with some of them replaced, each where it was."""
-    by_place = dict(zip(names, args, strict=False))
-    inside = [name for name in changes if name in by_place]
-    placed = tuple(changes[n] if n in inside else value for n, value in by_place.items())
-    rest = {name: value for name, value in changes.items() if name not in inside}
-    return (*placed, *args[len(placed) :]), {**kwargs, **rest}
-
-
-def _sizes(host: Any, config: Any, width: int) -> tuple[int, int]:
-    """The size of a head, and how many key and value heads a module has."""
-    heads = _first_of(host, ("num_heads", "num_attention_heads", "n_heads"))
-    heads = heads or getattr(config, "num_attention_heads", None) or 1
-    words = ("head_dim", "attention_head_size", "key_value_proj_dim")
-    size = _first_of(host, words) or _first_of(config, ("head_dim", "d_kv"))
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    return int(size or width // heads), int(keys)
-
-
-def _first_of(owner: Any, names: Sequence[str]) -> int | None:
-    values = (getattr(owner, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,32 @@ def private_config(config: Any, implementation: str) -> Any:
     # The public setter would write into the configurations that both share.
     vars(private)["_attn_implementation_internal"] = implementation
     return private
+
+
+def replaced(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], changes: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with some of them replaced, each where it was."""
+    by_place = dict(zip(names, args, strict=False))
+    inside = [name for name in changes if name in by_place]
+    placed = tuple(changes[n] if n in inside else value for n, value in by_place.items())
+    rest = {name: value for name, value in changes.items() if name not in inside}
+    return (*placed, *args[len(placed) :]), {**kwargs, **rest}
+
+
+def head_sizes(host: Any, config: Any, width: int) -> tuple[int, int]:
+    """The size of a head, and how many key and value heads a module has."""
+    heads = _first_of(host, ("num_heads", "num_attention_heads", "n_heads"))
+    heads = heads or getattr(config, "num_attention_heads", None) or 1
+    words = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    size = _first_of(host, words) or _first_of(config, ("head_dim", "d_kv"))
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    return int(size or width // heads), int(keys)
+
+
+def _first_of(owner: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(owner, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 class Joined:
