@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import flexheads
 from flexheads import BertModelWithHeads
-from flexheads.checkpoints import adapterhub, store
+from flexheads.checkpoints import store
+from flexheads.checkpoints.hub import format as hub_format
 from flexheads.errors import CheckpointError, FlexheadsError, UnknownNameError
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
 
@@ -409,7 +410,7 @@ def test_a_save_that_fails_half_way_leaves_the_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     count = 0
-    write = adapterhub.write_tensors
+    write = hub_format.write_tensors
 
     def fail(*args: Any) -> None:
         nonlocal count
@@ -418,7 +419,7 @@ def test_a_save_that_fails_half_way_leaves_the_files(
             raise error
         write(*args)
 
-    monkeypatch.setattr(adapterhub, "write_tensors", fail)
+    monkeypatch.setattr(hub_format, "write_tensors", fail)
     before = files(target.parent.parent)
     for directory in (target, target.parent / "new", target.parent / "far" / "new"):
         count = 0
@@ -452,13 +453,13 @@ def test_a_save_that_fails_while_files_are_replaced(
 KILLED = """
 import os, sys
 import flexheads
-from flexheads.checkpoints import adapterhub
+from flexheads.checkpoints.hub import format as hub_format
 from flexheads.testing import tiny_model
 
 model = tiny_model("bert")
 model.add_adapter("x", config="houlsby")
 model.add_tagging_head("x")
-write = adapterhub.write_tensors
+write = hub_format.write_tensors
 
 def die(path, tensors):
     if path.name == sys.argv[2]:
@@ -466,7 +467,7 @@ def die(path, tensors):
         os._exit(9)
     write(path, tensors)
 
-adapterhub.write_tensors = die
+hub_format.write_tensors = die
 model.save_adapter(sys.argv[1], "x")
 """
 

@@ -110,8 +110,7 @@ class SavingMixin(AdapterModelMixin):
             return self._load_upstream(adapter_name_or_path, revision, upstream)
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
-            what = "load_head() or load_adapter_fusion()"
-            raise CheckpointError(f"{bundle.source} holds no adapter; use {what}.")
+            raise CheckpointError(f"{bundle.source} holds no adapter; see load_head().")
         name = bundle.adapter.name if load_as is None else load_as
         self._refuse_taken("adapter", name, overwrite_ok)
         with reading(bundle.source), to_be_filled():
