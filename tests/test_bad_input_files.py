@@ -349,7 +349,7 @@ def test_an_adapter_or_a_head_alone(model: Any, saved: dict[str, Path], tmp_path
         (tmp_path / what).mkdir()
         for file in (CONFIGS[what], WEIGHTS[what]):
             shutil.copy(saved["flexible"] / file, tmp_path / what / file)
-    with pytest.raises(CheckpointError, match=r"a head but no adapter; use load_head"):
+    with pytest.raises(CheckpointError, match=r"holds no adapter; see load_head"):
         model.load_adapter(tmp_path / "head", load_as="new")
     with pytest.raises(CheckpointError, match="holds no head"):
         model.load_head(tmp_path / "adapter")

@@ -18,7 +18,7 @@ MEMBERS = {
     for group in ("packages", "plugins")
     for file in sorted((ROOT / group).glob("*/pyproject.toml"))
 }
-SESSIONS = ("demo", "tests", "compat", "alone", "lint", "types", "golden", "peer")
+SESSIONS = ("demo", "tests", "compat", "alone", "lint", "docs", "types", "golden", "numerics", "peer")
 COMMANDS = ("python -m pip install nox", "python -m nox -s demo", "python -m nox -s tests")
 
 member = pytest.mark.parametrize("folder", MEMBERS.values(), ids=list(MEMBERS))
@@ -133,7 +133,7 @@ def test_ci_runs_what_the_readme_says(sessions: dict[str, dict]) -> None:
     known = set(sessions) | {session["name"] for session in sessions.values()}
     assert set(called) <= known
     row = [name for name in sessions if name.startswith("compat")]
-    assert {"lint", "types", row[0], row[-1], "alone", "golden", "peer"} <= set(called)
+    assert {"lint", "types", row[0], row[-1], "alone", "golden", "numerics", "peer"} <= set(called)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
