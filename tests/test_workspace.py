@@ -18,7 +18,18 @@ MEMBERS = {
     for group in ("packages", "plugins")
     for file in sorted((ROOT / group).glob("*/pyproject.toml"))
 }
-SESSIONS = ("demo", "tests", "compat", "alone", "lint", "docs", "types", "golden", "numerics", "peer")
+SESSIONS = (
+    "demo",
+    "tests",
+    "compat",
+    "alone",
+    "lint",
+    "docs",
+    "types",
+    "golden",
+    "numerics",
+    "peer",
+)
 COMMANDS = ("python -m pip install nox", "python -m nox -s demo", "python -m nox -s tests")
 
 member = pytest.mark.parametrize("folder", MEMBERS.values(), ids=list(MEMBERS))

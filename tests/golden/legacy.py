@@ -11,7 +11,6 @@ import transformers
 from torch import Tensor
 
 import flexheads
-from flexheads.plugins import registry
 
 from .common import GOLDEN, installed, read_json, unsupported_adapter, unsupported_head
 
@@ -41,15 +40,8 @@ class Legacy:
             return "whole model"
         if not (self.folder / "expected.pt").is_file():
             return "no outputs recorded"
-        if self.is_refused():
-            return "refused"
         folder = self.folder / "a" if self.folder.name == "fusion" else self.folder
         return unsupported_adapter(folder) or unsupported_head(self.head.get("config"))
-
-    def is_refused(self) -> bool:
-        """Whether its invertible adapter acts at a place that is no site here."""
-        spec = registry().architecture_for(read_json(Path(self.base, "config.json"))["model_type"])
-        return self.folder.name.endswith("_inv") and "old_embeddings" in spec.adapterhub
 
     def recorded(self, file: str = "expected.pt") -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The inputs and the outputs that the release has recorded."""

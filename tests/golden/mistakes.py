@@ -110,7 +110,7 @@ def check_couplings(case: Case, model: Any) -> None:
         config = read_config(case.folder / folder)["config"]
         plain.add_adapter(name, {**config, "inv_adapter": None, "architecture": None})
         own = model.adapters[name].state_dict()
-        rest = {key: tensor for key, tensor in own.items() if not key.startswith("embeddings.")}
+        rest = {key: tensor for key, tensor in own.items() if "embeddings." not in key}
         plain.adapters[name].load_state_dict(rest)
         stem = f".invertible_adapters.{name}."
         tensors = tensors_of(case.folder / folder).items()
@@ -128,7 +128,8 @@ def check_couplings(case: Case, model: Any) -> None:
                 hidden = single
         return mean if isinstance(block, Average) else hidden
 
-    host = plain.base_model.get_submodule(plain.spec.embeddings)
+    # The library has them act behind the positions, which its files are loaded for.
+    host = plain.base_model.get_submodule(plain.spec.late_embeddings or plain.spec.embeddings)
     if plain.spec.embeddings_from == "output":
         host.register_forward_hook(lambda module, args, hidden: coupled(hidden))
     else:

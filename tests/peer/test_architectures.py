@@ -41,7 +41,10 @@ def models(architecture: str, fields: str) -> tuple[Any, Any]:
     theirs = adapters.AutoAdapterModel.from_config(config_of(architecture))
     randomise(ours, seed=SEED, std=0.1)
     theirs.base_model.load_state_dict(ours.base_model.state_dict(), strict=False)
-    ours.add_adapter(NAME, load_config(fields), set_active=True)
+    own = load_config(fields)
+    if own.get("inv_adapter"):
+        own = own.replace(inv_adapter_late=True)  # as the peer, which is wrong for new adapters
+    ours.add_adapter(NAME, own, set_active=True)
     theirs.add_adapter(NAME, config=PeerConfig.load(fields), set_active=True)
     randomise(ours.adapters[NAME], seed=SEED)
     copy_adapter(ours, theirs)

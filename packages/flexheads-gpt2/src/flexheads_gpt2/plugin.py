@@ -18,7 +18,8 @@ GPT2 = ArchitectureSpec(
     name="gpt2",
     model_types=("gpt2",),
     backbone="transformers.models.gpt2.modeling_gpt2:GPT2Model",
-    embeddings="drop",
+    embeddings="wte",
+    late_embeddings="drop",
     layers=(
         LayerSpec(
             path="h",
@@ -42,7 +43,6 @@ GPT2 = ArchitectureSpec(
     ),
     norms=("ln_f",),
     pooling="last_token",
-    adapterhub={"old_embeddings": "wte"},
     tiny={
         "n_embd": 32,
         "n_layer": 2,

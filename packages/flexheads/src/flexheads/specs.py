@@ -107,6 +107,8 @@ class ArchitectureSpec:
         backbone: The transformers base model, as ``"module:Class"``.
         layers: The stacks of layers. Layer numbers count through them in this order.
         embeddings: The module whose output enters the first layer; invertible adapters act on it.
+        late_embeddings: The module behind which positions have been added too, where that is not
+            `embeddings`; invertible adapters of the `adapters` library have been trained there.
         embeddings_from: Whether they act on that module's output, or on its first input.
         norms: Layer norms outside of the layers.
         inputs: What the model reads: token ids or images.
@@ -118,8 +120,6 @@ class ArchitectureSpec:
             backbone's own ``base_model_prefix``.
         adapterhub: For files in the AdapterHub layout: ``"embeddings"`` to the path of the module
             that holds the invertible adapters there; without it they hang at the backbone.
-            ``"old_embeddings"`` to the module behind which the library's ancestor had them act,
-            where that was another place: its invertible adapters are refused.
         tiny: Configuration overrides that make a tiny random model, for tests.
     """
 
@@ -128,6 +128,7 @@ class ArchitectureSpec:
     backbone: str
     layers: tuple[LayerSpec, ...]
     embeddings: Path | None = None
+    late_embeddings: Path | None = None
     embeddings_from: Literal["input", "output"] = "output"
     norms: tuple[Path, ...] = ()
     inputs: Literal["tokens", "pixels"] = "tokens"

@@ -112,8 +112,6 @@ class Layout:
         prefix: Where the backbone hangs in a model with a head; a bare backbone has the same.
         prefixes: Further places where it hangs in the models that files come from.
         pooler: Whether the model has a trained pooler.
-        old_embeddings: Where invertible adapters of the `adapters` library's ancestor act, if that
-            is not where they act here.
         paths: The path in AdapterHub files of each site, by logical address.
         renamed: The roles that AdapterHub files call by one another's names.
     """
@@ -125,7 +123,6 @@ class Layout:
     paths: Mapping[str, str]
     prefixes: tuple[str, ...] = ()
     pooler: bool = True
-    old_embeddings: str | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def below(self, key: str) -> str:

@@ -103,7 +103,8 @@ def build_coupling(sites: Mapping[str, AttachedSite], config: BnConfig) -> dict[
         UnsupportedError: If the architecture names no embeddings.
         ConfigError: If the reduction factor is missing, or leaves nothing.
     """
-    site = next((site for site in sites.values() if site.kind == "embedding"), None)
+    late = config.inv_adapter_late and "late_embeddings" in sites
+    site = sites.get("late_embeddings" if late else "embeddings")
     if site is None:
         raise lacking("An invertible adapter", ["embeddings"])
     factor = config.inv_adapter_reduction_factor

@@ -180,7 +180,6 @@ class SavingMixin(AdapterModelMixin):
             paths=attachment.paths(),
             renamed=attachment.renamed(),
             pooler=attachment.spec.pooler,
-            old_embeddings=attachment.spec.adapterhub.get("old_embeddings"),
             prefixes=(str(backbone.base_model_prefix), *attachment.spec.prefixes),
         )
 

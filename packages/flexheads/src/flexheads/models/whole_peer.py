@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -25,7 +26,8 @@ def describe_from_peer(config: PretrainedConfig) -> dict[str, Any] | None:
     adapters = getattr(config, "adapters", None)
     if not isinstance(adapters, Mapping) or "config_map" not in adapters:
         return None
-    return {"peer": adapters, "heads": getattr(config, "prediction_heads", None) or {}}
+    heads = getattr(config, "prediction_heads", None) or {}
+    return {"peer": adapters, "heads": heads, "transformers": config.transformers_version}
 
 
 def is_from_peer(described: Mapping[str, Any]) -> bool:
@@ -55,7 +57,7 @@ def restore_from_peer(
         old = isinstance(key, list)  # the first generation wrote a type beside it
         key = key[-1] if old else key
         config = load_config(described["config_map"].get(key, key), tolerant=True)
-        version = None if old else described.get("version") or ""
+        version = None if old else _library(description["transformers"])
         fields = modern_config({"config": config.to_dict(), "version": version}, layout)
         names = adapter_names(name, fields, layout, old=old)
         own, _ = names.read({k: t for k, t in tensors.items() if f".{name}." in k})
@@ -83,3 +85,11 @@ def restore_from_peer(
         head = model._build_head(name, fields.pop("head_type"), fields, None, True)
         fill(head, own, f"{path}: head {name!r}")
         model._install_head(head)
+
+
+def _library(transformers: str | None) -> str:
+    """The library that saved a model, as far as the release of transformers beside it tells.
+
+    The ancestor was a fork of transformers of its own, until 4.26; the library came with 4.33.
+    """
+    return "adapters." if transformers and Version(transformers) >= Version("4.27") else ""

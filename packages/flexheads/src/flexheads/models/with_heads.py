@@ -27,7 +27,8 @@ from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
-from flexheads.sites.attach import EMBEDDINGS, TOKENS
+from flexheads.sites.attach import EMBEDDINGS, LATE_EMBEDDINGS, TOKENS
+from flexheads.sites.embedding import undo_in_turn
 from flexheads.sites.prompt import POOLED
 from flexheads.specs import ArchitectureSpec
 
@@ -132,7 +133,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
     def _features(
         self, plan: Plan, inputs: Mapping[str, Any], output: ModelOutput, choices: int | None
     ) -> Features:
-        op, tokens = plan.ops.get(EMBEDDINGS), plan.ops.get(TOKENS)
+        tokens = plan.ops.get(TOKENS)
         return Features(
             output,
             pooling=self.spec.pooling,
@@ -143,7 +144,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             input_ids=inputs.get("input_ids"),
             choices=choices,
             embeddings=self._embeddings(),
-            undo=None if op is None else op.inverse,
+            undo=_undoing(plan),
             rescore=None if tokens is None else tokens.scores,
             first=self._attachment.runtime.take(POOLED),
         )
@@ -205,12 +206,20 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
 
 
 def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:
-    op, tokens = plan.ops.get(EMBEDDINGS), plan.ops.get(TOKENS)
+    tokens = plan.ops.get(TOKENS)
     return features.select(
         lambda t: t[rows],
-        None if op is None else op.for_chain(chain).inverse,
+        _undoing(plan, chain),
         None if tokens is None else tokens.for_chain(chain).scores,
     )
+
+
+def _undoing(plan: Plan, chain: int | None = None) -> Any:
+    """The inverse of the invertible adapters, of all rows or those of one chain; None without."""
+    ops = [plan.ops[a] for a in (EMBEDDINGS, LATE_EMBEDDINGS) if a in plan.ops]
+    if chain is not None:
+        ops = [op.for_chain(chain) for op in ops]
+    return functools.partial(undo_in_turn, ops) if ops else None
 
 
 def _is_whole(plan: Plan) -> bool:

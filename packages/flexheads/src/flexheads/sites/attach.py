@@ -45,7 +45,7 @@ LINEAR_ROLES = (
 )
 ATTENTION_ROLES = ("self_attention", "encoder_attention")
 HIDDEN_ROLE = "output"
-EMBEDDINGS, TOKENS = "embeddings", "tokens"
+EMBEDDINGS, LATE_EMBEDDINGS, TOKENS = "embeddings", "late_embeddings", "tokens"
 
 
 def find_module(root: nn.Module, path: Path, owner: str) -> nn.Module:
@@ -100,12 +100,15 @@ class Attachment:
 
     def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
         owner, config = f"Architecture {self.spec.name!r}", self.backbone.config
-        if self.spec.embeddings is not None:
-            host = find_module(self.backbone, self.spec.embeddings, owner)
+        for address in (EMBEDDINGS, LATE_EMBEDDINGS):
+            path: Path | None = getattr(self.spec, address)
+            if path is None:
+                continue
+            host = find_module(self.backbone, path, owner)
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             width = getattr(config, "embedding_size", None) or config.hidden_size
             acts_on = self.spec.embeddings_from
-            yield AttachedEmbedding(EMBEDDINGS, host, width, self.runtime, outputs, acts_on)
+            yield AttachedEmbedding(address, host, width, self.runtime, outputs, acts_on)
         tokens = self.backbone.get_input_embeddings()
         # Two sides share the weights of that module, but need not call the module itself.
         single = all(layers.side is None for layers in self.spec.layers)
@@ -221,8 +224,9 @@ class Attachment:
     def paths(self) -> dict[str, str]:
         """For every site its path in AdapterHub files, relative to the backbone."""
         found = {TOKENS: TOKENS} if TOKENS in self.sites else {}
-        if EMBEDDINGS in self.sites:
-            found[EMBEDDINGS] = self.spec.adapterhub.get(EMBEDDINGS, "")
+        for address in (EMBEDDINGS, LATE_EMBEDDINGS):
+            if address in self.sites:
+                found[address] = self.spec.adapterhub.get(EMBEDDINGS, "")
         number, renamed = 0, self.renamed()
         for layers in self.spec.layers:
             if self._lacks(layers.path):

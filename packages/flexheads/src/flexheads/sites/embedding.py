@@ -71,7 +71,9 @@ class AttachedEmbedding(AttachedSite):
         if hook == "forward":
             return self.host.register_forward_hook(self._after, prepend=True)
         assert self.output_embeddings is not None
-        return self.output_embeddings.register_forward_pre_hook(self._before_output)
+        # What was done last is undone first.
+        late = self.address != "embeddings"
+        return self.output_embeddings.register_forward_pre_hook(self._before_output, prepend=late)
 
     def op(self, chains: Sequence[Sequence[EmbeddingPart]], rows: RowMap | None) -> EmbeddingOp:
         return EmbeddingOp(tuple(map(tuple, chains)), rows)
@@ -106,4 +108,11 @@ def _do(parts: Sequence[EmbeddingPart], hidden: Tensor) -> Tensor:
 def _undo(parts: Sequence[EmbeddingPart], hidden: Tensor) -> Tensor:
     for part in reversed(parts):
         hidden = part.inverse(hidden)
+    return hidden
+
+
+def undo_in_turn(ops: Sequence[EmbeddingOp], hidden: Tensor) -> Tensor:
+    """Undoes the parts of several sites, the last first: ``(batch, sequence, hidden)``."""
+    for op in reversed(ops):
+        hidden = op.inverse(hidden)
     return hidden

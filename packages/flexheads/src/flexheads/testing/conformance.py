@@ -49,6 +49,9 @@ def architecture_checks(architecture: str) -> Any:
     return pytest.mark.parametrize("check", checks.values(), ids=checks.keys())
 
 
+_NEVER_NEUTRAL = ("prefix_tuning", "prompt_tuning", "union")
+"""Methods by whose definition a new adapter changes outputs: more keys, more tokens."""
+
 _COMPLETED = {"trainable_tokens": "trainable_tokens[token_indices=[3, 4, 5, 6, 7, 8, 9]]"}
 """Configurations of which some field must be given."""
 
@@ -170,6 +173,8 @@ def check_adapter(architecture: str, config: str) -> None:
         assert torch.equal(_output(model), before), f"{config}: refused, but something has changed."
         return
     model.add_adapter("a", config=config, set_active=True)
+    if load_config(config).tag not in _NEVER_NEUTRAL:
+        _same(_output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
     randomise(model.adapters["a"])
     acting = _output(model)
     assert not torch.allclose(acting, before, atol=1e-3), f"{config} has no effect."

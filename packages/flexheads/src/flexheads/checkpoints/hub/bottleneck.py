@@ -9,7 +9,6 @@ from torch import Tensor
 from flexheads.checkpoints.hub.names import AdapterNames
 from flexheads.errors import CheckpointError
 
-_EMBEDDINGS = "embeddings"
 _WORDS = {"up": "adapter_up", "norm_before": "adapter_norm_before"}
 _WORDS |= {"norm_after": "adapter_norm_after", "gate": "gate", "scaling": "scaling"}
 
@@ -20,15 +19,15 @@ class BottleneckNames(AdapterNames):
     infix = "adapters"
 
     def keys(self, address: str) -> list[str]:
-        if address.startswith(f"{_EMBEDDINGS}."):
-            suffix = address.removeprefix(f"{_EMBEDDINGS}.")
+        if address.startswith(f"{self._embeddings}."):
+            suffix = address.removeprefix(f"{self._embeddings}.")
             return [f"{self.prefix}{self._couplings}{suffix}"]
         return super().keys(address)
 
     def address(self, key: str) -> str | None:
         modern = self.modern(key)
-        if _EMBEDDINGS in self.layout.paths and modern.startswith(stem := self._couplings):
-            return f"{_EMBEDDINGS}.{modern[len(stem) :]}"
+        if self._embeddings in self.layout.paths and modern.startswith(stem := self._couplings):
+            return f"{self._embeddings}.{modern[len(stem) :]}"
         return super().address(key)
 
     def suffixes(self, site: str, suffix: str) -> list[str]:
@@ -66,9 +65,15 @@ class BottleneckNames(AdapterNames):
         return f"shared.phm.{suffix}" if self.config.get("phm_layer") else None
 
     @property
+    def _embeddings(self) -> str:
+        """The address of its invertible adapter."""
+        late = self.config.get("inv_adapter_late") and "late_embeddings" in self.layout.paths
+        return "late_embeddings" if late else "embeddings"
+
+    @property
     def _couplings(self) -> str:
         """What the keys of an invertible adapter begin with, below the backbone."""
-        holder = self.layout.paths[_EMBEDDINGS]
+        holder = self.layout.paths[self._embeddings]
         return f"{holder}{'.' if holder else ''}invertible_adapters.{self.name}."
 
     @property

@@ -21,8 +21,9 @@ def hub_config(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         return {**config, "configs": members}
     if config.get("architecture") in lora.TAGS:
         return lora.hub_fields(config, layout)
-    # The library has this field too, but neither saves nor reads it.
-    return {key: value for key, value in config.items() if key != "subtract_projection"}
+    # The library has the first field too, but neither saves nor reads it.
+    own = ("subtract_projection", "inv_adapter_late")
+    return {key: value for key, value in config.items() if key not in own}
 
 
 def modern_config(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
@@ -37,6 +38,8 @@ def modern_config(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         # Task adapters of the first generation named one but never had its weights.
         config["inv_adapter"] = nested.get("block_type")
         config["inv_adapter_reduction_factor"] = nested.get("reduction_factor")
+    if config.get("inv_adapter") and "late_embeddings" in layout.paths:
+        config["inv_adapter_late"] = str(version).startswith("adapters.")
     if "reduction_factor" in config and content.get("hidden_size"):
         config["reduction_factor"] = _fitting(config["reduction_factor"], content["hidden_size"])
     if version is None and "non_linearity" in config:

@@ -95,13 +95,6 @@ class AdapterHubFormat(Format):
             required_field(content, "config", directory),
         )
         config = content.get("flexheads", {}).get("config") or modern_config(content, layout)
-        if config.get("inv_adapter") and layout.old_embeddings and _is_of_ancestor(content):
-            raise CheckpointError(
-                f"{directory}: the invertible adapter in this file acts right behind "
-                f"{layout.old_embeddings!r}, where the ancestor of the adapters library had it. "
-                "That place is no site here, so it would give other outputs than it was trained "
-                "for. Train it anew."
-            )
         names = adapter_names(name, config, layout, old=content.get("version") is None)
         tensors, unexpected = names.read(read_tensors(path))
         if unexpected:
@@ -174,11 +167,6 @@ class AdapterHubFormat(Format):
                 content |= {"label2id": dict(head.label2id), "num_labels": len(head.label2id)}
             write_json(directory / HEAD_CONFIG, content)
             write_tensors(directory / HEAD_WEIGHTS[0], head.tensors)
-
-
-def _is_of_ancestor(content: Mapping[str, Any]) -> bool:
-    """Whether a file is from before the library was named `adapters`."""
-    return not str(content.get("version")).startswith(("adapters.", "flexheads."))
 
 
 def _is_of_head(key: str) -> bool:
