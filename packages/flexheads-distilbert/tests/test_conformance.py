@@ -1,0 +1,8 @@
+"""DistilBERT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("distilbert")
+def test_conformance(check):
+    check()

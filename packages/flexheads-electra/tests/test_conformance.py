@@ -1,0 +1,8 @@
+"""ELECTRA passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("electra")
+def test_conformance(check):
+    check()
