@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from flexheads.errors import UnsupportedError
+
 Path = str | tuple[str, ...]
 """A dotted module path, or alternatives of which the first that resolves is taken.
 
@@ -29,25 +31,39 @@ class ResidualSite:
         residual: The module whose first input is the residual `r`.
         residual_from: Whether `r` is that module's first input or its output.
         norm: The layer norm that takes `x + r` (post-LN), or None where the norm comes first.
+        beside: Where sub-layers run side by side, so that no module gets what the layer adds to
+            `x`: the module whose output, plus that of `residual`, is `r`. It runs earlier.
+        beside_if: The attribute of the configuration that says whether they do; None is always.
+        alone: Whether adapters that read `x + r` get `x` alone. So have adapters in files been
+            trained where sub-layers run side by side, and the `adapters` library saw no `r`.
     """
 
     output: Path
     residual: Path
     residual_from: Literal["input", "output"] = "input"
     norm: Path | None = None
+    beside: Path | None = None
+    beside_if: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """One of several equal blocks that a fused projection computes at once.
+    """One of several blocks that a fused projection computes at once.
 
     Attributes:
         index: Which block of the output, from 0.
         of: How many there are.
+        shares: For each block the attribute of the configuration that its size is proportional to,
+            such as a number of heads; without them all have the same size.
+        groups: The attribute of the configuration that says how many times the blocks take turns,
+            each time with an equal part of every one; None is once.
     """
 
     index: int
     of: int
+    shares: tuple[str, ...] = ()
+    groups: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,8 @@ class LayerSpec:
     """The sites in one stack of equal layers; every path is relative to one layer.
 
     Attributes:
-        path: The ``ModuleList`` of layers, relative to the backbone.
+        path: The ``ModuleList`` of layers, relative to the backbone. ``.*.`` stands for every number
+            of an outer list.
         side: The side of an encoder-decoder model; None where there is only one.
         attention: Residual site behind the self-attention.
         cross_attention: Residual site behind the cross-attention of a decoder.
@@ -114,10 +131,15 @@ class ArchitectureSpec:
         inputs: What the model reads: token ids or images.
         pooling: The token that stands for the sequence where a head asks for one vector.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
+        decoder_starts_with: What the decoder's input begins with where it is made of labels or of
+            the encoder's tokens: the start token of the configuration, or the last token of each
+            row that is no padding, which tells the language.
         scaled_if: The attribute of the configuration (or alternatives) that says whether
             language-model heads read the hidden states over the square root of their size.
         prefixes: Names under which classes with a static head hold the backbone, beside the
             backbone's own ``base_model_prefix``.
+        requires: Attributes of the configuration, each with the value that these sites are for;
+            a model with another value is refused.
         adapterhub: For files in the AdapterHub layout: ``"embeddings"`` to the path of the module
             that holds the invertible adapters there; without it they hang at the backbone.
         tiny: Configuration overrides that make a tiny random model, for tests.
@@ -134,8 +156,10 @@ class ArchitectureSpec:
     inputs: Literal["tokens", "pixels"] = "tokens"
     pooling: Pooling = "first_token"
     pooler: bool = False
+    decoder_starts_with: Literal["start_token", "last_token"] = "start_token"
     scaled_if: Path | None = None
     prefixes: tuple[str, ...] = ()
+    requires: Mapping[str, Any] = field(default_factory=dict)
     adapterhub: Mapping[str, str] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
@@ -149,6 +173,19 @@ class ArchitectureSpec:
             if field.name not in _NO_ROLES and getattr(layers, field.name)
         }
         return frozenset(named | ({"embeddings"} if self.embeddings is not None else set()))
+
+    def check(self, config: Any) -> None:
+        """Refuses a model that this spec is not about.
+
+        Raises:
+            UnsupportedError: If its configuration has another value than `requires` says.
+        """
+        for name, value in self.requires.items():
+            if (given := getattr(config, name, value)) != value:
+                raise UnsupportedError(
+                    f"Models of architecture {self.name!r} are supported with {name}={value!r}; "
+                    f"this one has {name}={given!r}, and is built in another way."
+                )
 
     @property
     def with_heads(self) -> str:
@@ -206,6 +243,8 @@ class HeadRule:
         config_from: Head configuration key to the attribute (or alternatives) of the model's
             configuration that sets it.
         aliases: Static tensors that repeat another one: ``{"cls.predictions.bias": "..."}``.
+        added_bias: A static tensor ``(1, outputs)`` that is added to the logits. It becomes a bias
+            of the flexible head, which has none where the tensor is zero.
         suffix: Appended to the name where a static class becomes several flexible heads.
         output: The field of the static model's output that equals the head's logits.
     """
@@ -215,6 +254,7 @@ class HeadRule:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_from: Mapping[str, Path] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    added_bias: str | None = None
     suffix: str = ""
     output: str = "logits"
 

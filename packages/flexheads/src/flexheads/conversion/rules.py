@@ -29,13 +29,23 @@ def flexible_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str,
         if alias in known:
             known.setdefault(target, known.pop(alias))
     renamed = {rename(key, rule.weights): tensor for key, tensor in known.items()}
-    return {key: tensor for key, tensor in renamed.items() if key is not None}
+    found = {key: tensor for key, tensor in renamed.items() if key is not None}
+    added = known.get(rule.added_bias) if rule.added_bias is not None else None
+    if added is not None and bool(added.any()):
+        found["bias"] = added.reshape(-1)
+    return found
 
 
 def static_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `flexible_tensors`, with every alias written out."""
     back = {after: before for before, after in rule.weights.items()}
-    named = {rename(key, back) or key: tensor for key, tensor in tensors.items()}
+    own = dict(tensors)
+    added = own.pop("bias", None) if rule.added_bias is not None else None
+    named = {rename(key, back) or key: tensor for key, tensor in own.items()}
+    if rule.added_bias is not None:
+        weight = own["weight"]
+        zero = weight.new_zeros(weight.shape[0])
+        named[rule.added_bias] = (zero if added is None else added).reshape(1, -1)
     for alias, target in rule.aliases.items():
         if target in named:
             named[alias] = named[target]
@@ -44,4 +54,5 @@ def static_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def covers(rule: HeadRule, key: str) -> bool:
     """Whether a rule speaks of a static tensor."""
-    return key in rule.aliases or rename(key, rule.weights) is not None
+    known = key in rule.aliases or key == rule.added_bias
+    return known or rename(key, rule.weights) is not None

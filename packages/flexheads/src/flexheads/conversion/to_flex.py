@@ -61,6 +61,8 @@ def _convert(
     head_class = resolve(registry().head_type(rule.head_type).head)
     fields = {field: _read(model_config, path) for field, path in rule.config_from.items()}
     config: dict[str, Any] = {"head_type": rule.head_type, **fields, **rule.config}
+    if rule.added_bias is not None:
+        config["bias"] = "bias" in tensors
     if issubclass(head_class.config_class, LabelledConfig):
         last = tensors.get(f"layers.{config['layers'] - 1}.weight")
         if last is None:

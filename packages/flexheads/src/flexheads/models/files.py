@@ -31,6 +31,7 @@ from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
+from flexheads.sites.base import input_embeddings
 from flexheads.specs import Spec
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class SavingMixin(AdapterModelMixin):
 
     def _embeddings(self) -> Tensor | None:
         """The weight of the token embeddings, or None for a model that reads something else."""
-        module = self._attachment.backbone.get_input_embeddings()
+        module = input_embeddings(self._attachment.backbone)
         return module.weight if isinstance(module, nn.Embedding) else None
 
     def _head_provenance(self, head: SavedHead | SavedStaticHead | None) -> Provenance:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -60,7 +61,7 @@ def flatten_choices(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | No
 
 
 def with_decoder_inputs(
-    inputs: Mapping[str, Any], labels: Any, config: PretrainedConfig
+    inputs: Mapping[str, Any], labels: Any, config: PretrainedConfig, starts_with: str
 ) -> dict[str, Any]:
     """The inputs of an encoder-decoder backbone, with the decoder's own where there are none.
 
@@ -69,6 +70,7 @@ def with_decoder_inputs(
         labels: What the decoder shall write, ``(batch, sequence)``, if that is known; otherwise it
             reads the encoder's tokens. Either way one step late.
         config: The backbone's configuration.
+        starts_with: What comes first, see `ArchitectureSpec.decoder_starts_with`.
 
     Raises:
         ConfigError: If there is nothing that the decoder could read.
@@ -82,12 +84,16 @@ def with_decoder_inputs(
             "The decoder has nothing to read: give decoder_input_ids or decoder_inputs_embeds, or "
             "input_ids, or labels for a language-model head."
         )
-    return {**inputs, "decoder_input_ids": _one_step_late(written, config)}
+    return {**inputs, "decoder_input_ids": _one_step_late(written, config, starts_with)}
 
 
-def _one_step_late(ids: Tensor, config: PretrainedConfig) -> Tensor:
-    """The tokens behind the decoder's start token, without the last; ignored ones are padding."""
+def _one_step_late(ids: Tensor, config: PretrainedConfig, starts_with: str) -> Tensor:
+    """The tokens one step later, behind what comes first; ignored ones are padding."""
     start, pad = config.decoder_start_token_id, config.pad_token_id
+    if starts_with == "last_token" and pad is not None:
+        ids = ids.masked_fill(ids == -100, pad)
+        last = (ids != pad).sum(dim=-1, keepdim=True) - 1
+        return torch.cat([ids.gather(-1, last.clamp(min=0)), ids[..., :-1]], dim=-1)
     start = pad if start is None else start
     if start is None or pad is None:
         raise ConfigError(

@@ -117,7 +117,9 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         labels = {name: inputs.pop(name) for name in self._label_names(plan) if name in inputs}
         labels = self._labels_by_head(plan, {k: v for k, v in labels.items() if v is not None})
         if getattr(self.config, "is_encoder_decoder", False):
-            inputs = with_decoder_inputs(inputs, self._written(plan, labels), self.config)
+            starts_with = self.spec.decoder_starts_with
+            written = self._written(plan, labels)
+            inputs = with_decoder_inputs(inputs, written, self.config, starts_with)
         inputs, choices = flatten_choices(inputs)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)

@@ -143,6 +143,15 @@ def _execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+def input_embeddings(module: Any) -> nn.Module | None:
+    """What a transformers model looks tokens up in; None where its class does not tell."""
+    try:
+        found: nn.Module | None = module.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found
+
+
 def first_tensor(value: Any) -> Tensor:
     """The hidden states in what a module returned: the tensor itself or the first of a tuple."""
     tensor: Tensor = value[0] if isinstance(value, (tuple, list)) else value

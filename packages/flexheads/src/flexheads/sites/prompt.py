@@ -13,7 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from flexheads.errors import UnsupportedError
-from flexheads.sites.base import AttachedSite, first_argument, first_tensor, run_chains
+from flexheads.sites.base import (
+    AttachedSite,
+    first_argument,
+    first_tensor,
+    input_embeddings,
+    run_chains,
+)
 from flexheads.sites.call import past_length
 from flexheads.sites.joining import undoing
 from flexheads.sites.rows import RowMap
@@ -142,7 +148,7 @@ class AttachedPrompt(AttachedSite):
         runtime: Runtime,
         encoder: Any = None,
     ) -> None:
-        self.tokens: Any = (encoder or backbone).get_input_embeddings()
+        self.tokens: Any = input_embeddings(encoder or backbone)
         super().__init__(PROMPT, PROMPT, None, embeddings or self.tokens, width, runtime)
         self.model, self.backbone, self.holder, self.encoder = model, backbone, holder, encoder
         self.behind_embeddings = embeddings is not None

@@ -28,6 +28,8 @@ class BottleneckNames(AdapterNames):
         modern = self.modern(key)
         if self._embeddings in self.layout.paths and modern.startswith(stem := self._couplings):
             return f"{self._embeddings}.{modern[len(stem) :]}"
+        if self.old and modern.startswith(f"invertible_adapters.{self.name}."):
+            return ""  # those of an encoder hung at the backbone too
         return super().address(key)
 
     def suffixes(self, site: str, suffix: str) -> list[str]:
