@@ -1,4 +1,4 @@
-"""RoBERTa, XLM-RoBERTa, XLM-RoBERTa-XL and CamemBERT for flexheads: classes with heads, sites, conversions."""
+"""RoBERTa and its relatives for flexheads: classes with heads, adapter sites, conversions."""
 
 from __future__ import annotations
 
