@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexheads import BnConfig, load_config
+from flexheads import BnConfig, ConfigUnion, load_config
 from flexheads.plugins import registry
 from flexheads.testing import tiny_inputs, tiny_model
 
@@ -82,3 +82,33 @@ def test_it_learns_from_there(name: str, model: Any) -> None:
 def test_the_exceptions_are_installed() -> None:
     assert set(NEEDS) <= set(identifiers())
     assert set(EXCEPTIONS) - set(identifiers()) <= {"mam", "unipelt"}
+
+
+DRAWN_FROM_NOTHING = ("ia3", "ln_tuning", "trainable_tokens", "oft", "boft")
+"""They start at ones, at zeros, or at the model's own weights."""
+
+SEEDED = [name for name in identifiers() if name not in DRAWN_FROM_NOTHING]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_seed_says_how_an_adapter_starts(name: str, model: Any) -> None:
+    """And it leaves the numbers that are drawn elsewhere alone."""
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        config = seeded(load_config(name), 7 if len(states) < 2 else 8)
+        before = torch.get_rng_state()
+        model.add_adapter("new", config)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append({k: t.clone() for k, t in model.adapters["new"].state_dict().items()})
+        model.delete_adapter("new")
+    first, again, other = states
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def seeded(config: Any, seed: int) -> Any:
+    """The configuration with a seed; of a union, every member has it."""
+    if not isinstance(config, ConfigUnion):
+        return config.replace(init_weights_seed=seed)
+    return ConfigUnion(*(seeded(member, seed) for member in config.configs))

@@ -14,7 +14,7 @@ from flexheads.activations import activation
 from flexheads.errors import ConfigError
 from flexheads.methods.base import AdapterMethod, check_layers, lacking, seeded
 from flexheads.methods.bottleneck_config import BnConfig
-from flexheads.methods.gating import gate_scores
+from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.sites.base import AttachedSite
@@ -48,7 +48,7 @@ class Bottleneck(ResidualPart):
         self.down, self.up = _projections(width, size, config, shared)
         self.activation = activation(config.non_linearity) or nn.Identity()
         self.norm_after = nn.LayerNorm(width) if config.ln_after else None
-        self.gate = nn.Linear(width, 1) if config.use_gating else None
+        self.gate = new_gate(width) if config.use_gating else None
         self.dropout = nn.Dropout(config.dropout)
         self.scaling: nn.Parameter | float
         if isinstance(config.scaling, str):
@@ -78,9 +78,6 @@ class Bottleneck(ResidualPart):
 
     def _initialise(self) -> None:
         kind = self.config.init_weights
-        if self.gate is not None and kind != "houlsby":
-            nn.init.normal_(self.gate.weight, std=0.02)
-            nn.init.zeros_(self.gate.bias)
         if not isinstance(self.down, nn.Linear) or not isinstance(self.up, nn.Linear):
             return  # hypercomplex layers draw their own
         if kind == "mam_adapter":

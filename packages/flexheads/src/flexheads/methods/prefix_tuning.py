@@ -15,7 +15,7 @@ from flexheads.activations import activation
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_leave_out, lacking, seeded
 from flexheads.methods.config import AdapterConfig
-from flexheads.methods.gating import gate_scores
+from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.sites.attention import AttachedAttention, AttentionPart
 from flexheads.sites.base import AttachedSite
 
@@ -180,10 +180,8 @@ class PrefixPart(AttentionPart):
     ) -> None:
         super().__init__()
         self.pool, self.layer, self.length = (pool,), layer, length
-        self.gate = None
-        if config.use_gating:
-            self.gate = nn.Linear(width, 1 if config.shared_gating else 2)
-            nn.init.normal_(self.gate.weight, std=0.02)
+        gates = 1 if config.shared_gating else 2
+        self.gate = new_gate(width, gates) if config.use_gating else None
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values: two tensors ``(batch, heads, length, head size)``."""
@@ -250,7 +248,8 @@ class PrefixTuningMethod(AdapterMethod):
                 pool = Pool(first.width, shape, max(lengths), config)
         parts: dict[str, nn.Module] = {f"shared.{word}": pool}
         for index, (site, length) in enumerate(zip(sites, lengths, strict=True)):
-            parts[site.address] = PrefixPart(pool, index, length, site.width, config)
+            with seeded(config.init_weights_seed):
+                parts[site.address] = PrefixPart(pool, index, length, site.width, config)
         return parts
 
 

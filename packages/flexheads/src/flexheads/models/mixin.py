@@ -159,7 +159,8 @@ class AdapterModelMixin(MergingMixin):
         if not parts:
             raise ConfigError(f"The configuration of adapter {name!r} adapts nothing: {config!r}.")
         for address, part in parts.items():
-            place(part, self._attachment.backbone if is_shared(address) else sites[address].host)
+            backbone = self._attachment.backbone
+            place(part, backbone if is_shared(address) else sites[address].host, backbone)
             if dtype := getattr(part, "own_dtype", None) or getattr(config, "dtype", None):
                 part.to(dtype=getattr(torch, dtype))
         return Adapter(name, config, method, parts).train(self.training)

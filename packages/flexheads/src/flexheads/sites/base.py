@@ -114,19 +114,25 @@ class HostWeights:
         self.write(weight, bias)
 
 
-def place(part: nn.Module, host: nn.Module, which: int = 0) -> nn.Module:
+def place(
+    part: nn.Module, host: nn.Module, otherwise: nn.Module | None = None, which: int = 0
+) -> nn.Module:
     """Moves a new module to the dtype and device in which another computes.
 
     Args:
         part: The new module.
         host: The other.
-        which: The floating-point parameter of the host that tells: 0 the first, -1 the last.
+        otherwise: What tells where the host has no floating-point parameters: a dropout has none,
+            and a quantised module may have none.
+        which: The floating-point parameter that tells: 0 the first, -1 the last.
     """
+    tensors = [*host.parameters(), *host.buffers()]
     weights = [p for p in host.parameters() if p.is_floating_point()]
-    if not weights:  # a quantised module may have none
-        tensors = (*host.parameters(), *host.buffers())
+    if not weights and otherwise is not None:
+        weights = [p for p in otherwise.parameters() if p.is_floating_point()]
+    if not weights:
         return part.to(tensors[0].device) if tensors else part
-    device = weights[which].device
+    device = (tensors[0] if tensors else weights[which]).device
     if device.type == "meta":
         device = _execution_device(host) or device
     return part.to(device=device, dtype=weights[which].dtype)
