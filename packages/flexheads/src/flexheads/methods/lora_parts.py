@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from flexheads.errors import UnsupportedError
 from flexheads.methods.base import awaits_values
+from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
 from flexheads.sites.linear import LinearPart, Projection
-from flexheads.sites.recording import record
 
 Folded = tuple[Tensor, Tensor | None]
 """A projection's weight and bias."""
@@ -29,17 +29,13 @@ class _Gated(LinearPart):
         super().__init__()
         self.own_dtype = config.dtype
         self.scaling = config.scaling
-        self.gate = nn.Linear(in_features, 1) if config.use_gating else None
-        if self.gate is not None:
-            nn.init.normal_(self.gate.weight, std=0.02)
+        self.gate = new_gate(in_features) if config.use_gating else None
 
     def factor(self, hidden: Tensor) -> Tensor | float:
         """The scaling, or the gate in its place: ``(batch, 1, 1)``."""
         if self.gate is None:
             return self.scaling
-        gate = torch.sigmoid(self.gate(hidden)).mean(dim=1)
-        record("gate", self, gate.flatten())
-        return gate.unsqueeze(-1)
+        return gate_scores(self, self.gate, hidden)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Folded:
         """The projection's weight and bias with this part folded in.
