@@ -3,8 +3,8 @@
 What the peer does there: a Stack inside another block misses the residual and the norm between its
 members; invertible adapters, prompts and ReFT take the first member for all rows, and of a Stack or
 an Average; DiReFT is saved without what makes it one; a second LoRA acts on the first one's delta;
-IA3 is merged without the projections' biases; the bias of a language-model head is lost where a
-whole checkpoint is converted.
+IA3 is merged without the projections' biases; a prompt sees padding where the mask is square; the
+bias of a language-model head is lost where a whole checkpoint is converted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .blocks import check_averaged, check_fused_stack
 from .cases import Case, block_of, model_for, run
 from .common import assert_close, assert_tensor_close, call, pick, read_config, tensors_of
 from .magnitudes import check_dora
+from .prompts import SQUARE, check_square_mask
 
 
 def check_chains(case: Case, model: Any) -> None:
@@ -245,6 +246,9 @@ def projection_of(tensors: Mapping[str, Tensor], stem: str, r: int) -> Tensor:
 
 def check_without_prompt(case: Case, model: Any) -> None:
     """The outputs are the peer's without the positions of the prompt, and labels line up."""
+    if model.config.model_type in SQUARE:
+        check_square_mask(case, model)
+        return
     got, expected = run(case, model), case.expected()
     ((_, folder), *_) = case.entry["adapters"].items()
     config = read_config(case.folder / folder)["config"]
@@ -261,6 +265,14 @@ def check_without_prompt(case: Case, model: Any) -> None:
         ]
         expected["loss"] = sum(losses) / 2
     assert_close(got, expected)
+
+
+def check_pooled_prompt(case: Case, model: Any) -> None:
+    """What is read at the first position is the peer's, unless the peer's prompt sees padding."""
+    if model.config.model_type in SQUARE:
+        check_square_mask(case, model)
+    else:
+        assert_close(run(case, model), case.expected())
 
 
 def check_stacked_prompts(case: Case, model: Any) -> None:
@@ -314,6 +326,9 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "merge/dora": check_dora,
     "adapter/prompt_tuning": check_without_prompt,
     "adapter/prompt_tuning_postfix": check_without_prompt,
+    "classification+prompt_tuning": check_pooled_prompt,
+    "multilabel+prompt_tuning": check_pooled_prompt,
+    "multiple_choice+prompt_tuning": check_pooled_prompt,
     "tagging+prompt_tuning": check_without_prompt,
     "qa+prompt_tuning": check_without_prompt,
     "masked_lm+prompt_tuning": check_without_prompt,

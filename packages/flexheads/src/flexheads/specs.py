@@ -15,9 +15,12 @@ Alternatives are how one package serves several transformers releases. A path wh
 the AdapterHub files of 2020 to 2026 name comes first.
 """
 
-Pooling = Literal["first_token", "last_token", "last_eos", "mean"]
+Pooling = Literal["first_token", "last_token", "last_eos", "mean", "pooler"]
 """What stands for a sequence: the first token, the last one that is no padding, the last one that
-is the end-of-sequence token, or the mean over all that are no padding."""
+is the end-of-sequence token, the mean over all that are no padding, or what the model itself says
+(``pooler_output``)."""
+
+Inputs = Literal["tokens", "pixels", "tokens_and_pixels"]
 
 Side = Literal["encoder", "decoder"]
 
@@ -71,9 +74,11 @@ class LayerSpec:
     """The sites in one stack of equal layers; every path is relative to one layer.
 
     Attributes:
-        path: The ``ModuleList`` of layers, relative to the backbone. ``.*.`` stands for every number
-            of an outer list.
+        path: The ``ModuleList`` of layers, relative to the backbone. ``.*.`` stands for every
+            number of an outer list.
         side: The side of an encoder-decoder model; None where there is only one.
+        config: The attribute of the configuration that is the one of these layers, where a model
+            has several parts with one each.
         attention: Residual site behind the self-attention.
         cross_attention: Residual site behind the cross-attention of a decoder.
         feed_forward: Residual site behind the feed-forward network.
@@ -91,6 +96,7 @@ class LayerSpec:
 
     path: Path
     side: Side | None = None
+    config: str | None = None
     attention: ResidualSite | None = None
     cross_attention: ResidualSite | None = None
     feed_forward: ResidualSite | None = None
@@ -111,7 +117,7 @@ class LayerSpec:
     adapterhub: Mapping[str, str] = field(default_factory=dict)
 
 
-_NO_ROLES = ("path", "side", "fused", "adapterhub")
+_NO_ROLES = ("path", "side", "config", "fused", "adapterhub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +134,9 @@ class ArchitectureSpec:
             `embeddings`; invertible adapters of the `adapters` library have been trained there.
         embeddings_from: Whether they act on that module's output, or on its first input.
         norms: Layer norms outside of the layers.
-        inputs: What the model reads: token ids or images.
-        pooling: The token that stands for the sequence where a head asks for one vector.
+        inputs: What the model reads.
+        pooling: What stands for the sequence where a head asks for one vector. None where there is
+            no sequence of states that a head could read.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
         decoder_starts_with: What the decoder's input begins with where it is made of labels or of
             the encoder's tokens: the start token of the configuration, or the last token of each
@@ -153,8 +160,8 @@ class ArchitectureSpec:
     late_embeddings: Path | None = None
     embeddings_from: Literal["input", "output"] = "output"
     norms: tuple[Path, ...] = ()
-    inputs: Literal["tokens", "pixels"] = "tokens"
-    pooling: Pooling = "first_token"
+    inputs: Inputs = "tokens"
+    pooling: Pooling | None = "first_token"
     pooler: bool = False
     decoder_starts_with: Literal["start_token", "last_token"] = "start_token"
     scaled_if: Path | None = None

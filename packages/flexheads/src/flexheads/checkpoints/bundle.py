@@ -108,22 +108,24 @@ class Layout:
     Attributes:
         architecture: Name of the architecture.
         model_types: The model types that it answers to.
-        hidden_size: The model's hidden size.
+        hidden_size: The model's hidden size; None where its parts have one each.
         prefix: Where the backbone hangs in a model with a head; a bare backbone has the same.
         prefixes: Further places where it hangs in the models that files come from.
         pooler: Whether the model has a trained pooler.
         paths: The path in AdapterHub files of each site, by logical address.
         renamed: The roles that AdapterHub files call by one another's names.
+        interleaved: Whether queries, keys and values take turns in one projection.
     """
 
     architecture: str
     model_types: tuple[str, ...]
-    hidden_size: int
+    hidden_size: int | None
     prefix: str
     paths: Mapping[str, str]
     prefixes: tuple[str, ...] = ()
     pooler: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
 
     def below(self, key: str) -> str:
         """A tensor's key without the name of the backbone, wherever that hangs."""
@@ -143,7 +145,7 @@ class Layout:
                 f"{source}: this {what} was made for a {saved.model_type!r} model, but this model "
                 f"is {self.architecture!r}. Load it into a {saved.model_type!r} model."
             )
-        if saved.hidden_size is not None and saved.hidden_size != self.hidden_size:
+        if saved.hidden_size not in (None, self.hidden_size):
             raise CheckpointError(
                 f"{source}: this {what} was made for hidden size {saved.hidden_size}, but this "
                 f"model has {self.hidden_size}. Load it into a model of that size."

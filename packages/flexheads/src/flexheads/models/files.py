@@ -176,10 +176,15 @@ class SavingMixin(AdapterModelMixin):
         return Layout(
             architecture=attachment.spec.name,
             model_types=(backbone.config.model_type,),
-            hidden_size=backbone.config.hidden_size,
+            hidden_size=getattr(backbone.config, "hidden_size", None),
             prefix=self._backbone_name(),
             paths=attachment.paths(),
             renamed=attachment.renamed(),
+            interleaved=any(
+                block.groups is not None
+                for layers in attachment.spec.layers
+                for block in layers.fused.values()
+            ),
             pooler=attachment.spec.pooler,
             prefixes=(str(backbone.base_model_prefix), *attachment.spec.prefixes),
         )
@@ -206,7 +211,7 @@ class SavingMixin(AdapterModelMixin):
             model_type=config.model_type,
             model_class=type(self).__name__,
             model_name=config.name_or_path or None,
-            hidden_size=config.hidden_size,
+            hidden_size=getattr(config, "hidden_size", None),
             version=f"flexheads.{library_version()}",
             provider=None if origin is None else f"{origin.distribution}=={origin.version}",
         )

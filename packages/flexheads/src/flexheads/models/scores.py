@@ -17,7 +17,10 @@ ARGUMENTS = tuple(_ASKED)
 """The arguments of a forward that ask for scores."""
 
 Scores = dict[str, dict[int, dict[str, Tensor]]]
-"""By adapter (or fusion), number of the layer, and role of the site."""
+"""By adapter (or fusion), number of the layer, and role of the site.
+
+Where a layer runs several times in a call, they are those of the last time.
+"""
 
 
 def take_asked(kwargs: dict[str, Any]) -> list[str]:

@@ -11,19 +11,21 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from flexheads.composition import Block, Fuse
-from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.errors import UnsupportedError
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import resolve
 from flexheads.routing import Chain, chain_of, route
 from flexheads.sites.attention import AttachedAttention
-from flexheads.sites.base import CALL, AttachedSite, compiled
+from flexheads.sites.base import CALL, AttachedSite, compiled, input_embeddings
 from flexheads.sites.call import CallInputs
 from flexheads.sites.combine import combine
 from flexheads.sites.embedding import AttachedEmbedding
+from flexheads.sites.finding import alternatives, find_layers, find_module, find_stack, first
 from flexheads.sites.hidden import AttachedHidden
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.output import AttachedOutput
 from flexheads.sites.prompt import PROMPT, AttachedPrompt
+from flexheads.sites.relative_bias import share_projections
 from flexheads.sites.residual import AttachedResidual
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -48,23 +50,6 @@ HIDDEN_ROLE = "output"
 EMBEDDINGS, LATE_EMBEDDINGS, TOKENS = "embeddings", "late_embeddings", "tokens"
 
 
-def find_module(root: nn.Module, path: Path, owner: str) -> nn.Module:
-    """The module at the first of the paths that resolves.
-
-    Raises:
-        ConfigError: If none resolves; the message names all that were tried.
-    """
-    for candidate in (path,) if isinstance(path, str) else path:
-        try:
-            return root.get_submodule(candidate)
-        except AttributeError:
-            continue
-    raise ConfigError(
-        f"{owner}: {type(root).__name__} has no module at {path!r}. The spec does not fit the "
-        "installed transformers; add the new path as an alternative."
-    )
-
-
 class Attachment:
     """The sites of one model, by logical address, and the hooks that are registered on them.
 
@@ -80,6 +65,7 @@ class Attachment:
     def __init__(
         self, model: PreTrainedModel, backbone: PreTrainedModel, spec: ArchitectureSpec
     ) -> None:
+        spec.check(backbone.config)
         self.spec = spec
         self.runtime = Runtime()
         self.model = model
@@ -90,6 +76,7 @@ class Attachment:
         self._call = CallInputs(self.runtime, backbone, spec.layers)
         for site in self._find_sites(model):
             self.sites[site.address] = site
+        share_projections(self.sites.values())
         norms = {id(s.host): s.address for s in self.sites.values() if s.kind == "norm"}
         self._norms = {
             site.address: norms[id(site.norm)]
@@ -99,17 +86,18 @@ class Attachment:
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
     def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
-        owner, config = f"Architecture {self.spec.name!r}", self.backbone.config
+        owner = f"Architecture {self.spec.name!r}"
         for address in (EMBEDDINGS, LATE_EMBEDDINGS):
             path: Path | None = getattr(self.spec, address)
-            if path is None:
+            if path is None or self._lacks(path):
                 continue
             host = find_module(self.backbone, path, owner)
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            config = self._config_for(path)
             width = getattr(config, "embedding_size", None) or config.hidden_size
             acts_on = self.spec.embeddings_from
             yield AttachedEmbedding(address, host, width, self.runtime, outputs, acts_on)
-        tokens = self.backbone.get_input_embeddings()
+        tokens = input_embeddings(self.backbone)
         # Two sides share the weights of that module, but need not call the module itself.
         single = all(layers.side is None for layers in self.spec.layers)
         if self.spec.inputs == "tokens" and single and isinstance(tokens, nn.Embedding):
@@ -119,29 +107,39 @@ class Attachment:
         for stack, layers in enumerate(self.spec.layers):
             if self._lacks(layers.path):
                 continue
-            for index, layer in enumerate(
-                find_module(self.backbone, layers.path, owner).children()
-            ):
+            found = find_layers(self.backbone, layers.path, owner)
+            for index, (_, layer) in enumerate(found):
                 yield from self._find_layer_sites(layer, layers, stack, index, owner)
                 self.depth += 1
         for number, path in enumerate(self.spec.norms):
             if self._lacks(path):
                 continue
-            host = find_module(self.backbone, path, owner)
-            yield AttachedOutput(
-                f"norms.{number}", "norm", None, host, config.hidden_size, self.runtime
+            host, width = (
+                find_module(self.backbone, path, owner),
+                self._config_for(path).hidden_size,
             )
+            yield AttachedOutput(f"norms.{number}", "norm", None, host, width, self.runtime)
+
+    def _config_for(self, path: Path) -> Any:
+        """The configuration of the part of the model that a path leads into."""
+        named, config = first(path).partition(".")[0], self.backbone.config
+        for layers in self.spec.layers:
+            if layers.config is not None and first(layers.path).partition(".")[0] == named:
+                return getattr(config, layers.config, config)
+        return config
 
     def _find_prompt(self, model: PreTrainedModel, owner: str) -> Iterator[AttachedSite]:
         """The place for prompts, where the architecture has one."""
         spec, backbone = self.spec, self.backbone
         sides = {layers.side for layers in spec.layers}
-        if spec.embeddings is None or (len(spec.layers) > 1 and sides == {None}):
+        if spec.embeddings is None or self._lacks(spec.embeddings):
             return
+        if (len(spec.layers) > 1 and sides == {None}) or spec.pooling == "pooler":
+            return  # there it would move positions that the model looks up by itself
         encoder = backbone.get_encoder() if "encoder" in sides else None
         if "encoder" in sides and encoder is None:
             return
-        tokens = (encoder or backbone).get_input_embeddings()
+        tokens = input_embeddings(encoder or backbone)
         path, embeddings = spec.layers[0].path, None
         if encoder is None and spec.pooling != "last_token":
             embeddings = self.sites[EMBEDDINGS].host
@@ -150,17 +148,18 @@ class Attachment:
             width = tokens.embedding_dim
         else:
             return
-        layers = find_module(backbone, path, owner)
+        layers = find_stack(backbone, path, owner)
         holder = next(m for m in backbone.modules() if any(c is layers for c in m.children()))
         yield AttachedPrompt(
             model, backbone, embeddings, holder, width, self.runtime, encoder=encoder
         )
 
     def _lacks(self, path: Path) -> bool:
-        """Whether a path is about the side of an encoder-decoder that this backbone lacks."""
-        sides = [layers.side for layers in self.spec.layers if layers.side is not None]
-        named = _first(path).partition(".")[0]
-        return named in sides and not hasattr(self.backbone, named)
+        """Whether a path is about a part of a model of several that this backbone lacks."""
+        several = [layers for layers in self.spec.layers if layers.side or layers.config]
+        parts = [first(layers.path).partition(".")[0] for layers in several]
+        named = first(path).partition(".")[0]
+        return named in parts and not hasattr(self.backbone, named)
 
     def own_children(self) -> tuple[str, ...]:
         """The names of the backbone's direct children that are the backbone.
@@ -175,20 +174,22 @@ class Attachment:
         named = {
             alternative.partition(".")[0]
             for path in paths
-            for alternative in ((path,) if isinstance(path, str) else path or ())
+            if path is not None
+            for alternative in alternatives(path)
         }
-        tokens = backbone.get_input_embeddings()
+        tokens = input_embeddings(backbone)
         return tuple(n for n, m in backbone.named_children() if n in named or m is tokens)
 
     def _find_layer_sites(
         self, layer: nn.Module, layers: LayerSpec, stack: int, index: int, owner: str
     ) -> Iterator[AttachedSite]:
         number, start = self.depth, f"layers.{self.depth}"
-        width, runtime = self.backbone.config.hidden_size, self.runtime
+        config, runtime = self._config_for(layers.path), self.runtime
+        width = config.hidden_size
         for role in RESIDUAL_ROLES:
             site: ResidualSite | None = getattr(layers, role)
             if site is not None:
-                modules = _residual_modules(layer, site, owner)
+                modules = _residual_modules(layer, site, owner, config)
                 address = f"{start}.{role}"
                 yield AttachedResidual(address, role, number, layer, width, runtime, **modules)
         for role in LINEAR_ROLES:
@@ -196,7 +197,7 @@ class Attachment:
             if path is not None:
                 host = find_module(layer, path, owner)
                 block = layers.fused.get(role)
-                yield AttachedLinear(f"{start}.{role}", role, number, host, runtime, block)
+                yield AttachedLinear(f"{start}.{role}", role, number, host, runtime, block, config)
         for role in ATTENTION_ROLES:
             path = getattr(layers, role)
             if path is not None:
@@ -207,7 +208,7 @@ class Attachment:
                     number,
                     host,
                     runtime,
-                    config=self.backbone.config,
+                    config=config,
                     stack=stack,
                     index=index,
                     side=layers.side,
@@ -231,27 +232,25 @@ class Attachment:
         for layers in self.spec.layers:
             if self._lacks(layers.path):
                 continue
-            stack = find_module(self.backbone, layers.path, self.spec.name)
-            for index in range(len(stack)):  # type: ignore[arg-type]
-                start = f"{_first(layers.path)}.{index}"
+            for start, _ in find_layers(self.backbone, layers.path, self.spec.name):
                 for role in (*RESIDUAL_ROLES, *LINEAR_ROLES, *ATTENTION_ROLES):
                     path = getattr(layers, role)
                     if role not in renamed:
                         path = layers.adapterhub.get(role, path)
                     if path is not None and not isinstance(path, ResidualSite):
-                        found[f"layers.{number}.{role}"] = f"{start}.{_first(path)}"
+                        found[f"layers.{number}.{role}"] = f"{start}.{first(path)}"
                 found[f"layers.{number}.{HIDDEN_ROLE}"] = start
                 for place, path in enumerate(layers.norms):
-                    found[f"layers.{number}.norms.{place}"] = f"{start}.{_first(path)}"
+                    found[f"layers.{number}.norms.{place}"] = f"{start}.{first(path)}"
                 number += 1
-        found |= {f"norms.{place}": _first(path) for place, path in enumerate(self.spec.norms)}
+        found |= {f"norms.{place}": first(path) for place, path in enumerate(self.spec.norms)}
         return found
 
     def renamed(self) -> dict[str, str]:
         """The roles of projections that AdapterHub files call by one another's names."""
         found: dict[str, str] = {}
         for layers in self.spec.layers:
-            own = {_first(p): role for role in LINEAR_ROLES if (p := getattr(layers, role))}
+            own = {first(p): role for role in LINEAR_ROLES if (p := getattr(layers, role))}
             given = {r: p for r, p in layers.adapterhub.items() if r in LINEAR_ROLES}
             named = {role: own.get(path, role) for role, path in given.items()}
             found |= {role: other for role, other in named.items() if role != other}
@@ -376,15 +375,16 @@ def _projections(
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-def _residual_modules(layer: nn.Module, site: ResidualSite, owner: str) -> dict[str, Any]:
+def _residual_modules(
+    layer: nn.Module, site: ResidualSite, owner: str, config: Any
+) -> dict[str, Any]:
     """What a residual site takes, by argument of `AttachedResidual`."""
+    beside = site.beside if getattr(config, site.beside_if or "", True) else None
     return {
+        "beside": None if beside is None else find_module(layer, beside, owner),
+        "alone": site.alone,
         "output": find_module(layer, site.output, owner),
         "residual": find_module(layer, site.residual, owner),
         "residual_from": site.residual_from,
         "norm": None if site.norm is None else find_module(layer, site.norm, owner),
     }
-
-
-def _first(path: Path) -> str:
-    return path if isinstance(path, str) else path[0]

@@ -24,6 +24,7 @@ from flexheads.sites.joining import (
     replaced,
     undoing,
 )
+from flexheads.sites.relative_bias import relative_bias
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import Side
@@ -134,6 +135,7 @@ class AttachedAttention(AttachedSite):
         key_heads: Number of its key and value heads.
         head_size: Size of each.
         shares_bias: Whether layers hand on a bias of the attention scores, by position.
+        bias: Stands in for a method that makes such a bias; None where the module has none.
     """
 
     kind = "attention"
@@ -161,7 +163,9 @@ class AttachedAttention(AttachedSite):
         self.mechanism, self.names = mechanism(host, projections is not None)
         self.shares_bias = "position_bias" in self.names
         self.head_size, self.key_heads = head_sizes(host, own, width)
-        self._has_own_bias = hasattr(type(host), "disentangled_attention_bias")
+        self.bias = relative_bias(host, address, runtime)
+        if self.bias is not None:
+            self.bias.prefix = self._entered_length
         self.original: Any = None
         self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
 
@@ -195,16 +199,21 @@ class AttachedAttention(AttachedSite):
         elif self.mechanism == "projections":
             assert self.projections is not None
             key, value = self.projections
-            # Behind the hooks of other adapters, which see as many rows as the module was given.
-            handles.append(key.register_forward_hook(self._after_key))
-            handles.append(value.register_forward_hook(self._after_value))
-            if self._has_own_bias:
-                vars(self.host)["disentangled_attention_bias"] = self._own_bias
+            # Around the hooks of other adapters, which see as many rows as there are positions.
+            handles += [
+                key.register_forward_pre_hook(self._before_projection, prepend=True),
+                value.register_forward_pre_hook(self._before_projection, prepend=True),
+                key.register_forward_hook(self._after_key),
+                value.register_forward_hook(self._after_value),
+            ]
+            if self.bias is not None:
+                self.bias.enter()
         return undoing(handles, self._leave)
 
     def _leave(self) -> None:
         vars(self.host).pop(INTERFACE, None)
-        vars(self.host).pop("disentangled_attention_bias", None)
+        if self.bias is not None and self.mechanism == "projections":
+            self.bias.leave()
         if self.original is not None:
             self.host.config, self.original = self.original, None
 
@@ -315,10 +324,14 @@ class AttachedAttention(AttachedSite):
         self.runtime.put(self.address, (keys, values, length if changes else 0))
         mask_name = next(word for word in _MASKS if word in self.names)
         mask = given.get(mask_name)
-        if mask is not None and self._has_own_bias:  # true may be attended to, in any dtype
+        if mask is not None and self.bias is not None:  # true may be attended to, in any dtype
             mask = mask.bool()
         changes[mask_name] = widen(mask, length, keep, hidden.shape[1], hidden)
         return replaced(self.names, args, kwargs, changes)
+
+    def _before_projection(self, module: nn.Module, args: Any) -> Any:
+        padding = 0 if self._planned() is None else self.runtime.peek(self.address)[2]
+        return (args[0][:, padding:], *args[1:]) if padding else None
 
     def _after_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return self._grow(output, 0)
@@ -327,26 +340,15 @@ class AttachedAttention(AttachedSite):
         return self._grow(output, 1)
 
     def _grow(self, output: Tensor, which: int) -> Tensor | None:
-        if self._planned() is None or self.runtime.peek(f"{self.address}.bias"):
+        if self._planned() is None or (self.bias is not None and self.bias.running):
             return None
-        entered = self.runtime.peek(self.address)
-        prefix, padding = entered[which], entered[2]
-        own = output[:, padding:]
-        return Joined(prefix, prefix).before(prefix.transpose(1, 2).flatten(2), own, dim=1)
+        prefix = self.runtime.peek(self.address)[which]
+        return Joined(prefix, prefix).before(prefix.transpose(1, 2).flatten(2), output, dim=1)
 
-    def _own_bias(self, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's bias by position, which the prefix has no part in."""
-        kind: Any = type(self.host)
-        bias = kind.disentangled_attention_bias
+    def _entered_length(self) -> int:
+        """The positions of the prefix that the keys of this call begin with."""
         entered = self.runtime.peek(self.address) if self._planned() is not None else None
-        if entered is None:
-            result: Tensor = bias(self.host, query, key, *args, **kwargs)
-            return result
-        length = entered[0].shape[2]
-        self.runtime.put(f"{self.address}.bias", True)
-        own = bias(self.host, query, key[:, length:], *args, **kwargs)
-        self.runtime.take(f"{self.address}.bias")
-        return functional.pad(own, (length, 0))
+        return 0 if entered is None else int(entered[0].shape[2])
 
 
 def prefix_attention(module: Any, *args: Any, **kwargs: Any) -> Any:

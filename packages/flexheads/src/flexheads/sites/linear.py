@@ -12,8 +12,10 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from flexheads.errors import UnsupportedError
+from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.sites.base import AttachedSite, run_chains
+from flexheads.sites.joining import undoing
+from flexheads.sites.relative_bias import RelativeBias
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import FusedBlock
@@ -28,15 +30,22 @@ class Projection:
     Args:
         host: The module.
         block: The block of its output that is this projection; None is all of it.
+        config: The model's configuration, for blocks whose sizes stand there.
+
+    Raises:
+        ConfigError: If the module's output cannot be cut as `block` says.
     """
 
-    def __init__(self, host: nn.Module, block: FusedBlock | None = None) -> None:
+    def __init__(
+        self, host: nn.Module, block: FusedBlock | None = None, config: Any = None
+    ) -> None:
         self.host: Any = host
         self.transposed = isinstance(host, Conv1D)
-        self.in_features, out_features = _widths(host)
-        self.out_features = out_features if block is None else out_features // block.of
-        start = 0 if block is None else block.index * self.out_features
-        self.columns = None if block is None else slice(start, start + self.out_features)
+        self.in_features, self.out_features = _widths(host)
+        self.columns, self.groups = None, 1
+        if block is not None:
+            self.columns, self.groups = _cut(block, self.out_features, config)
+            self.out_features = self.groups * (self.columns.stop - self.columns.start)
 
     @property
     def weight(self) -> Tensor:
@@ -47,24 +56,42 @@ class Projection:
         """
         weight = readable(self.host)
         weight = weight.t() if self.transposed else weight
-        return weight if self.columns is None else weight[self.columns]
+        return self._own(weight)
 
     @property
     def bias(self) -> Tensor | None:
         """``(out_features,)``, or None."""
         bias: Tensor | None = getattr(self.host, "bias", None)
-        return bias if bias is None or self.columns is None else bias[self.columns]
+        return None if bias is None else self._own(bias)
+
+    def _own(self, stored: Tensor) -> Tensor:
+        """This projection's rows of the module's weight or bias: ``(out, ...)`` both ways."""
+        return stored if self.columns is None else self._rows(stored).flatten(0, 1)
+
+    def _rows(self, stored: Tensor) -> Tensor:
+        """The same as a view, ``(groups, rows in a group, ...)``."""
+        return stored.unflatten(0, (self.groups, -1))[:, self.columns]
+
+    def _store(self, stored: Tensor, own: Tensor) -> None:
+        """Writes this projection's rows into the module's weight or bias."""
+        if self.columns is None:
+            stored.copy_(own)
+        else:
+            self._rows(stored).copy_(own.unflatten(0, (self.groups, -1)))
 
     def of(self, output: Tensor) -> Tensor:
         """This projection's part of what the module computes."""
-        return output if self.columns is None else output[..., self.columns]
+        if self.columns is None:
+            return output
+        return output.unflatten(-1, (self.groups, -1))[..., self.columns].flatten(-2)
 
     def into(self, output: Tensor, own: Tensor) -> Tensor:
         """What the module computes, with this projection's part replaced."""
         if self.columns is None:
             return own
-        before, behind = output[..., : self.columns.start], output[..., self.columns.stop :]
-        return torch.cat([before, own, behind], dim=-1)
+        whole, own = (t.unflatten(-1, (self.groups, -1)) for t in (output, own))
+        before, behind = whole[..., : self.columns.start], whole[..., self.columns.stop :]
+        return torch.cat([before, own, behind], dim=-1).flatten(-2)
 
     def run(self, hidden: Tensor) -> Tensor:
         """Computes the projection again, without its hooks."""
@@ -96,19 +123,23 @@ class Projection:
         if not _is_plain(self.host.weight):
             plain = readable(self.host).clone()
             self.host.weight = nn.Parameter(plain, requires_grad=False)
-        self.weight.copy_(weight)
-        if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+        self._replace(weight, bias)
 
     @torch.no_grad()
     def restore(self, weight: Tensor, bias: Tensor | None) -> None:
         """Brings back what `kept` has given, bit for bit."""
         if _is_plain(weight):
-            self.weight.copy_(weight)
+            self._replace(weight, bias)
         else:
             self.host.weight = weight
+            self._replace(None, bias)
+
+    def _replace(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        own = self.host.weight
+        if weight is not None:
+            self._store(own.t() if self.transposed else own, weight)
         if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+            self._store(self.host.bias, bias)
 
 
 def _is_plain(weight: Tensor) -> bool:
@@ -201,6 +232,10 @@ class LinearOp(NamedTuple):
     enters: bool
     """Whether some part changes the input."""
 
+    def for_chain(self, chain: int) -> LinearOp:
+        """The same for the rows of one chain only."""
+        return LinearOp((self.chains[chain],), None, self.enters)
+
 
 class AttachedLinear(AttachedSite):
     """A projection in a live model; its parts are `LinearPart`.
@@ -208,6 +243,7 @@ class AttachedLinear(AttachedSite):
     Attributes:
         projection: The projection.
         in_features, out_features: Widths of its input and output.
+        again: What runs the projection once more in a call, on embeddings of positions.
     """
 
     kind = "linear"
@@ -220,11 +256,13 @@ class AttachedLinear(AttachedSite):
         host: nn.Module,
         runtime: Runtime,
         block: FusedBlock | None = None,
+        config: Any = None,
     ) -> None:
-        self.projection = Projection(host, block)
+        self.projection = Projection(host, block, config)
         self.in_features = self.projection.in_features
         self.out_features = self.projection.out_features
         super().__init__(address, role, layer, host, self.out_features, runtime)
+        self.again: RelativeBias | None = None
 
     def needed(self, part: LinearPart) -> frozenset[str]:
         if not part.changes_input:
@@ -234,22 +272,33 @@ class AttachedLinear(AttachedSite):
         return frozenset({"input", "output"} if part.changes_output else {"input"})
 
     def register(self, hook: str) -> RemovableHandle:
-        if hook == "input":
-            return self.host.register_forward_pre_hook(self._before)
-        return self.host.register_forward_hook(self._after, prepend=True)
+        handle = (
+            self.host.register_forward_pre_hook(self._before)
+            if hook == "input"
+            else self.host.register_forward_hook(self._after, prepend=True)
+        )
+        if self.again is None:
+            return handle
+        self.again.enter()
+        return undoing([handle], self.again.leave)
+
+    def _planned(self) -> LinearOp | None:
+        op: LinearOp | None = self.planned()
+        chain = None if op is None or self.again is None else self.again.chain()
+        return op if op is None or chain is None else op.for_chain(chain)
 
     def op(self, chains: Sequence[Sequence[LinearPart]], rows: RowMap | None) -> LinearOp:
         enters = any(part.changes_input for chain in chains for part in chain)
         return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        op: LinearOp | None = self.planned()
+        op = self._planned()
         if op is None or not op.enters:
             return None
         return (run_chains(op.chains, op.rows, _enter, args[0]), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        op: LinearOp | None = self.planned()
+        op = self._planned()
         if op is None:
             return None
         hidden, own = args[0], self.projection.of(output)
@@ -295,6 +344,21 @@ def _widths(host: Any) -> tuple[int, int]:
             f"{type(host).__name__} stands in the place of a projection, but does not say its "
             "in_features and out_features."
         ) from error
+
+
+def _cut(block: FusedBlock, width: int, config: Any) -> tuple[slice, int]:
+    """Where a block is in each group of a fused output of `width` columns, and how many groups."""
+    groups = 1 if block.groups is None else int(getattr(config, block.groups))
+    shares = [int(getattr(config, name)) for name in block.shares] or [1] * block.of
+    total = sum(shares)
+    if len(shares) != block.of or width % (groups * total):
+        raise ConfigError(
+            f"{width} columns cannot be cut into {groups} x {shares}, as {block} says for this "
+            "configuration."
+        )
+    unit = width // (groups * total)
+    start = unit * sum(shares[: block.index])
+    return slice(start, start + unit * shares[block.index]), groups
 
 
 def _enter(parts: Sequence[LinearPart], hidden: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ class AttachedResidual(AttachedSite):
 
     Hooks: post-LN layers are entered before the norm (``enter``), with taps for ``x`` and ``r``
     where a part reads them and a hook behind the norm (``leave``) where it is replaced. Pre-LN
-    layers are entered behind the sub-layer's output (``enter``), with a tap for ``r``.
+    layers are entered behind the sub-layer's output (``enter``), with a tap for ``r``, and one for
+    the sub-layer ``beside``.
     """
 
     kind = "residual"
@@ -139,10 +140,12 @@ class AttachedResidual(AttachedSite):
         residual: nn.Module,
         residual_from: str,
         norm: nn.Module | None,
+        beside: nn.Module | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__(address, role, layer, host, width, runtime)
         self.output, self.residual, self.residual_from = output, residual, residual_from
-        self.norm = norm
+        self.norm, self.beside, self.alone = norm, beside, alone
 
     def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
@@ -152,7 +155,7 @@ class AttachedResidual(AttachedSite):
             if part.replaces_norm:
                 hooks.add("leave")
         elif needs & {"total", "r"} or part.replaces_norm:
-            hooks.add("r")
+            hooks |= {"r"} if self.beside is None else {"r", "beside"}
         return frozenset(hooks)
 
     def register(self, hook: str) -> RemovableHandle:
@@ -160,6 +163,9 @@ class AttachedResidual(AttachedSite):
             return self.residual.register_forward_hook(self._tap_residual_output, prepend=True)
         if hook == "r":
             return self.residual.register_forward_pre_hook(self._tap_residual, with_kwargs=True)
+        if hook == "beside":  # behind the hooks of the sub-layer's own site
+            assert self.beside is not None
+            return self.beside.register_forward_hook(self._tap_beside)
         if self.norm is None:
             return self.output.register_forward_hook(self._after_output, prepend=True)
         if hook == "x":
@@ -191,6 +197,11 @@ class AttachedResidual(AttachedSite):
         op = self.planned()
         if op is not None and "r" in op.needs:
             self.runtime.put(self.address + ".r", first_tensor(output))
+
+    def _tap_beside(self, module: nn.Module, args: Any, output: Any) -> None:
+        op = self.planned()
+        if op is not None and "r" in op.needs:
+            self.runtime.put(self.address + ".beside", first_tensor(output))
 
     def _take(self, which: str, op: ResidualOp) -> Any:
         """What a tap has put; nothing is touched where the plan does not need it."""
@@ -227,7 +238,12 @@ class AttachedResidual(AttachedSite):
         if op is None:
             return None
         x, r = first_tensor(output), self._take("r", op)
-        streams = op.run(Stream(x + r if "total" in op.needs else None, x, r, None))
+        if r is not None and self.beside is not None:
+            r = r + self.runtime.take(self.address + ".beside")
+        total = None
+        if "total" in op.needs:
+            total = x if self.alone else x + r
+        streams = op.run(Stream(total, x, r, None))
         # The layer adds r itself; where a part's result is the layer's, that must come to nothing.
         result = op.merge(
             [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from flexheads.checkpoints.bundle import SavedHead
@@ -28,9 +29,10 @@ from flexheads.models.inputs import batch_size
 from flexheads.models.static import init
 from flexheads.models.with_heads import ModelWithHeads, with_heads_class
 from flexheads.plugins import registry, resolve
+from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual
-from flexheads.specs import ArchitectureSpec, HeadConversion
+from flexheads.specs import HeadConversion
 from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
 CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "vera", "dora")
@@ -89,6 +91,8 @@ def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"adapter-{config}", functools.partial(check_adapter, architecture, config)
     for conversion in registry().conversions_for(architecture):
         name = conversion.static_class
+        if not hasattr(transformers, name):
+            continue  # this release does not have it yet
         yield f"conversion-{name}", functools.partial(check_conversion, name)
         if _generates(conversion):
             yield f"generation-{name}", functools.partial(check_generation, name)
@@ -117,21 +121,32 @@ def check_residual_sites(architecture: str) -> None:
     sites = [s for s in model._attachment.sites.values() if isinstance(s, AttachedResidual)]
     assert sites, "The spec names no residual site."
     seen: dict[str, dict[str, Tensor]] = {site.address: {} for site in sites}
+    shared = set()  # their sum is a part of the next one's
     for number, site in enumerate(sites):
         own = seen[site.address]
         _note(own, "x", site.output, "output")
         _note(own, "r", site.residual, site.residual_from)
+        if site.beside is not None:
+            _note(own, "beside", site.beside, "output")
         following = sites[number + 1] if number + 1 < len(sites) else None
         if site.norm is not None:
             _note(own, "total", site.norm, "input")
         elif following is not None and following.layer == site.layer:
+            if following.beside is not None:  # the layer never adds the two alone
+                shared.add(site.address)
+                continue
             _note(own, "total", following.residual, following.residual_from)
         else:
             _note(own, "total", site.host, "output")
     _output(model)
-    for address, tensors in seen.items():
-        assert set(tensors) == {"x", "r", "total"}, f"{address}: not all modules were called."
-        total = tensors["x"] + tensors["r"]
+    for site in sites:
+        address, tensors = site.address, seen[site.address]
+        named = {"x", "r", *(("total",) if address not in shared else ())}
+        named |= {"beside"} if site.beside is not None else set()
+        assert set(tensors) == named, f"{address}: not all modules were called."
+        if address in shared:
+            continue
+        total = tensors["x"] + tensors["r"] + tensors.get("beside", 0)
         _same(total, tensors["total"], f"{address}: x + r is not what follows")
 
 
@@ -157,7 +172,7 @@ def check_bare_backbone(architecture: str) -> None:
     bare = resolve(registry().architecture(architecture).backbone)(model.config).eval()
     bare.load_state_dict(model._attachment.backbone.state_dict())
     with torch.no_grad():
-        expected = bare(**tiny_inputs(model.config)).last_hidden_state
+        expected = bare(**tiny_inputs(model.config)).to_tuple()[0]
     assert torch.equal(_output(model), expected), "The bare model is not the backbone."
 
 
@@ -168,8 +183,8 @@ def check_adapter(architecture: str, config: str) -> None:
     """
     model = tiny_model(architecture)
     before = _output(model)
-    if _lacks(model.spec, config):
-        _refuses(model, config)
+    if _lacks(model, config):
+        _refuses(lambda: model.add_adapter("a", config=config), config)
         assert torch.equal(_output(model), before), f"{config}: refused, but something has changed."
         return
     model.add_adapter("a", config=config, set_active=True)
@@ -187,26 +202,36 @@ def check_adapter(architecture: str, config: str) -> None:
     assert torch.equal(_output(model), before), f"{config}: deleting leaves something behind."
 
 
-def _lacks(spec: ArchitectureSpec, config: str) -> bool:
+def _lacks(model: ModelWithHeads, config: str) -> bool:
     """Whether an architecture has no site of a kind that a configuration needs."""
-    fields = load_config(config)
+    fields, spec = load_config(config), model.spec
+    if fields.tag == "prompt_tuning" and spec.pooling in ("pooler", None):
+        return True
     if fields.tag == "trainable_tokens":
         two_sides = any(layers.side is not None for layers in spec.layers)
         return spec.inputs != "tokens" or two_sides
+    if fields.tag == "ln_tuning":
+        return "norms" not in spec.roles and not spec.norms
+    if "prefix_tuning" in {fields.tag, *(own.tag for own in getattr(fields, "configs", ()))}:
+        sites = [s for s in model._attachment.sites.values() if isinstance(s, AttachedAttention)]
+        return not sites or any(site.mechanism is None for site in sites)
     return spec.embeddings is None and bool(fields.get("inv_adapter"))
 
 
-def _refuses(model: ModelWithHeads, config: str) -> None:
+def _refuses(add: Callable[[], None], what: str) -> None:
     try:
-        model.add_adapter("a", config=config)
+        add()
     except UnsupportedError:
         return
-    raise AssertionError(f"{config} needs what the spec does not name, but was added.")
+    raise AssertionError(f"{what} needs what the spec does not name, but was added.")
 
 
 def check_heads(architecture: str) -> None:
     """Heads of the kinds that fit the inputs work, and come back from their files."""
     model = tiny_model(architecture)
+    if model.spec.pooling is None:
+        _refuses(lambda: model.add_classification_head("first"), "A head")
+        return
     batch = batch_size(tiny_inputs(model.config))
     length = model(**tiny_inputs(model.config)).last_hidden_state.shape[1]
     expected: dict[str, tuple[int, ...]] = {"first": (batch, 3)}
@@ -232,7 +257,8 @@ def check_heads(architecture: str) -> None:
 def check_whole_model(architecture: str) -> None:
     """A saved model comes back with its adapters and heads; its backbone alone does too."""
     model = tiny_model(architecture)
-    model.add_classification_head("b", num_labels=3)
+    if model.spec.pooling is not None:
+        model.add_classification_head("b", num_labels=3)
     model.add_adapter("b", set_active=True)
     model.add_adapter("a", config="lora")
     randomise(model.adapters)
@@ -249,6 +275,8 @@ def check_whole_model(architecture: str) -> None:
 def check_training(architecture: str) -> None:
     """A training step gives gradients to the adapter and its head, and to nothing else."""
     model = tiny_model(architecture).train()
+    if model.spec.pooling is None:
+        return
     model.add_classification_head("a", num_labels=3)
     model.add_adapter("a")
     model.add_adapter("other")
@@ -280,6 +308,8 @@ def check_gradient_checkpointing(architecture: str) -> None:
 
     They are sums over the layers that read an encoder's result, in another order.
     """
+    if not resolve(registry().architecture(architecture).backbone).supports_gradient_checkpointing:
+        return  # transformers has none for it
     gradients = []
     for recompute in (False, True):
         changes = _without_dropout(architecture)
@@ -291,7 +321,7 @@ def check_gradient_checkpointing(architecture: str) -> None:
         if recompute:
             _checkpoint(model._attachment.backbone)
         # Some of the features: the mean square of all is what a final norm holds constant.
-        hidden = model(**tiny_inputs(model.config)).last_hidden_state[..., :4]
+        hidden = model(**tiny_inputs(model.config)).to_tuple()[0][..., :4]
         hidden.pow(2).mean().backward()
         gradients.append([p.grad for p in model.adapters.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -316,6 +346,8 @@ def _checkpoint(backbone: Any) -> None:
 def check_rows(architecture: str) -> None:
     """Each row of a mixed batch equals running its own adapter and head alone."""
     model = tiny_model(architecture)
+    if model.spec.pooling is None:
+        return
     for name, config in (("a", "seq_bn"), ("b", "lora")):
         model.add_adapter(name, config=config)
         model.add_classification_head(name, num_labels=2)

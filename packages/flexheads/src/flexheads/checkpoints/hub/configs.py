@@ -48,6 +48,8 @@ def modern_config(content: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     if config.get("architecture") == "lora" and _is_unscaled(str(version)):
         config = lora.scaled_as_before(config, layout)
     if config.get("architecture") in lora.TAGS:
+        if layout.interleaved and "flexheads" not in content:
+            lora.check_whole(config)
         config = lora.own_fields(config, layout)
     return config
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexheads.checkpoints.bundle import Layout
 from flexheads.checkpoints.hub.names import AdapterNames
+from flexheads.errors import CheckpointError
 from flexheads.methods.lora_configs import ANCHORED, MATRICES
 
 TAGS = ("lora", "mtl_lora")
@@ -60,6 +61,20 @@ def scaled_as_before(config: Mapping[str, Any], layout: Layout) -> dict[str, Any
     if config["intermediate_lora"] or config["output_lora"]:
         return {**config, _UNSCALED: True}
     return dict(config)
+
+
+def check_whole(config: Mapping[str, Any]) -> None:
+    """Refuses what the `adapters` library trains where queries, keys and values take turns.
+
+    Raises:
+        CheckpointError: If the configuration adapts them.
+    """
+    if config.get("selfattn_lora"):
+        raise CheckpointError(
+            "The adapters library cuts this architecture's projection of queries, keys and values "
+            "into thirds, but they take turns in it, head by head. So what this file changes is "
+            "neither; there is nothing here that it could be read as. Train the adapter again."
+        )
 
 
 def is_fused(layout: Layout, path: str) -> bool:

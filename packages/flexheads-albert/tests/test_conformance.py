@@ -1,0 +1,8 @@
+"""ALBERT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("albert")
+def test_conformance(check):
+    check()
