@@ -116,6 +116,11 @@ class LayerSpec:
     norms: tuple[Path, ...] = ()
     adapterhub: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def part(self) -> str | None:
+        """What tells the layers of a model of several parts from those of the others."""
+        return self.side or self.config
+
 
 _NO_ROLES = ("path", "side", "config", "fused", "adapterhub")
 
@@ -141,6 +146,9 @@ class ArchitectureSpec:
         decoder_starts_with: What the decoder's input begins with where it is made of labels or of
             the encoder's tokens: the start token of the configuration, or the last token of each
             row that is no padding, which tells the language.
+        prompts: Where prompts join: behind `embeddings`, without positions of their own, or the
+            embeddings of tokens, with them; None is the latter where a model is pooled at the last
+            token.
         scaled_if: The attribute of the configuration (or alternatives) that says whether
             language-model heads read the hidden states over the square root of their size.
         prefixes: Names under which classes with a static head hold the backbone, beside the
@@ -164,6 +172,7 @@ class ArchitectureSpec:
     pooling: Pooling | None = "first_token"
     pooler: bool = False
     decoder_starts_with: Literal["start_token", "last_token"] = "start_token"
+    prompts: Literal["embeddings", "tokens"] | None = None
     scaled_if: Path | None = None
     prefixes: tuple[str, ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)

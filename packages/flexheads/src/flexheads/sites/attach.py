@@ -141,7 +141,8 @@ class Attachment:
             return
         tokens = input_embeddings(encoder or backbone)
         path, embeddings = spec.layers[0].path, None
-        if encoder is None and spec.pooling != "last_token":
+        place = spec.prompts or ("tokens" if spec.pooling == "last_token" else "embeddings")
+        if encoder is None and place == "embeddings":
             embeddings = self.sites[EMBEDDINGS].host
             width = self.sites[EMBEDDINGS].width
         elif isinstance(tokens, nn.Embedding):
@@ -156,7 +157,7 @@ class Attachment:
 
     def _lacks(self, path: Path) -> bool:
         """Whether a path is about a part of a model of several that this backbone lacks."""
-        several = [layers for layers in self.spec.layers if layers.side or layers.config]
+        several = [layers for layers in self.spec.layers if layers.part is not None]
         parts = [first(layers.path).partition(".")[0] for layers in several]
         named = first(path).partition(".")[0]
         return named in parts and not hasattr(self.backbone, named)
@@ -216,7 +217,7 @@ class Attachment:
                     projections=_projections(layer, layers, role, owner),
                 )
         yield AttachedHidden(
-            f"{start}.{HIDDEN_ROLE}", HIDDEN_ROLE, number, layer, width, runtime, side=layers.side
+            f"{start}.{HIDDEN_ROLE}", HIDDEN_ROLE, number, layer, width, runtime, side=layers.part
         )
         for place, path in enumerate(layers.norms):
             host = find_module(layer, path, owner)

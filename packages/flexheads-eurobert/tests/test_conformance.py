@@ -1,0 +1,8 @@
+"""EuroBERT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("eurobert")
+def test_conformance(check):
+    check()

@@ -1,0 +1,8 @@
+"""ModernBERT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("modernbert")
+def test_conformance(check):
+    check()
