@@ -11,6 +11,11 @@ def test_conformance(check):
     check()
 
 
+@architecture_checks("bert-generation")
+def test_bert_generation(check):
+    check()
+
+
 def test_rows_that_all_go_one_way_use_the_head_of_that_way():
     model = tiny_model("bert")
     model.add_adapter("a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["BertModelWithHeads"]
+__all__ = ["BertGenerationEncoderWithHeads", "BertModelWithHeads"]
 
 
 def __getattr__(name: str) -> Any:

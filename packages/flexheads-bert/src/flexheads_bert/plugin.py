@@ -1,8 +1,9 @@
-"""What this package registers: where BERT's sites are, and how its static heads convert."""
+"""What this package registers: where the sites of BERT are, and of BERT for generation; heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flexheads import (
     ArchitectureSpec,
@@ -51,6 +52,14 @@ BERT = ArchitectureSpec(
         "vocab_size": 99,
         "max_position_embeddings": 64,
     },
+)
+
+BERT_GENERATION = replace(
+    BERT,
+    name="bert-generation",
+    model_types=("bert-generation",),
+    backbone=("transformers.models.bert_generation.modeling_bert_generation:BertGenerationEncoder"),
+    pooler=False,
 )
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}
@@ -112,17 +121,32 @@ _HEADS: dict[str, tuple[HeadRule, ...]] = {
     ),
 }
 
+_GENERATION_HEAD = HeadRule(
+    head_type="causal_lm",
+    weights={"lm_head.decoder.weight": "weight", "lm_head.decoder.bias": "bias"},
+    config={**_ONE_LAYER, "layer_norm": False, "bias": True},
+    aliases={"lm_head.bias": "lm_head.decoder.bias"},
+)
+
 
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
-    """BERT."""
-    return [BERT]
+    """BERT, and BERT for generation."""
+    return [BERT, BERT_GENERATION]
 
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """Every head class that transformers has for BERT."""
+    """Every head class that transformers has for them."""
+    generation = HeadConversion(
+        architecture=BERT_GENERATION.name,
+        static_class="BertGenerationDecoder",
+        heads=(_GENERATION_HEAD,),
+    )
     return [
-        HeadConversion(architecture=BERT.name, static_class=name, heads=rules)
-        for name, rules in _HEADS.items()
+        *(
+            HeadConversion(architecture=BERT.name, static_class=name, heads=rules)
+            for name, rules in _HEADS.items()
+        ),
+        generation,
     ]

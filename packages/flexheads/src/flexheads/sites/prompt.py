@@ -173,6 +173,9 @@ class AttachedPrompt(AttachedSite):
             if self.holder is not self.backbone and not self.masks_late:
                 mask = self.holder.register_forward_pre_hook(self._before_layers, with_kwargs=True)
                 handles.append(mask)
+            if self.masks_late and "attention_mask" in _names(self.host):
+                cut = self.host.register_forward_pre_hook(self._before_embeddings, with_kwargs=True)
+                handles.append(cut)
         if self.encoder is not None:
             enter = self.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
             handles.append(enter)
@@ -268,6 +271,17 @@ class AttachedPrompt(AttachedSite):
         return tuple(_each(value, lambda t: cut(t) if t.dim() == 3 else t) for value in output)
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _before_embeddings(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Embeddings that read the mask get that of their own tokens."""
+        op: PromptOp | None = self.planned()
+        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        if op is None or mask is None or not self.runtime.peek(PROMPT):
+            return None
+        return (), {**given, "attention_mask": op.cut(mask)}
 
     def _after_embeddings(self, module: nn.Module, args: Any, output: Any) -> Any:
         op: PromptOp | None = self.planned()

@@ -1,0 +1,8 @@
+"""ESM passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("esm")
+def test_conformance(check):
+    check()

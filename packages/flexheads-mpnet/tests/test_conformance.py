@@ -1,0 +1,8 @@
+"""MPNet passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("mpnet")
+def test_conformance(check):
+    check()
