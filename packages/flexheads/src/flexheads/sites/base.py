@@ -126,13 +126,13 @@ def place(
             and a quantised module may have none.
         which: The floating-point parameter that tells: 0 the first, -1 the last.
     """
-    tensors = [*host.parameters(), *host.buffers()]
-    weights = [p for p in host.parameters() if p.is_floating_point()]
-    if not weights and otherwise is not None:
-        weights = [p for p in otherwise.parameters() if p.is_floating_point()]
+    own = [p for p in host.parameters() if p.is_floating_point()]
+    others = [] if otherwise is None else list(otherwise.parameters())
+    weights = own or [p for p in others if p.is_floating_point()]
+    tensors = own or [*host.parameters(), *host.buffers(), *weights]
     if not weights:
         return part.to(tensors[0].device) if tensors else part
-    device = (tensors[0] if tensors else weights[which]).device
+    device = (own[which] if own else tensors[0]).device
     if device.type == "meta":
         device = _execution_device(host) or device
     return part.to(device=device, dtype=weights[which].dtype)
