@@ -34,6 +34,9 @@ class ResidualSite:
         residual: The module whose first input is the residual `r`.
         residual_from: Whether `r` is that module's first input or its output.
         norm: The layer norm that takes `x + r` (post-LN), or None where the norm comes first.
+        norm_unless: The attribute of the configuration that says that the norm comes first after
+            all.
+        added: Whether the sub-layer adds `r` itself, so that the output of `output` is `x + r`.
         beside: Where sub-layers run side by side, so that no module gets what the layer adds to
             `x`: the module whose output, plus that of `residual`, is `r`. It runs earlier.
         beside_if: The attribute of the configuration that says whether they do; None is always.
@@ -45,6 +48,8 @@ class ResidualSite:
     residual: Path
     residual_from: Literal["input", "output"] = "input"
     norm: Path | None = None
+    norm_unless: str | None = None
+    added: bool = False
     beside: Path | None = None
     beside_if: str | None = None
     alone: bool = False

@@ -31,6 +31,8 @@ class LanguageModelConfig(HeadConfig):
         bias: Whether the output has a bias.
         tied: Whether the output matrix is the input embeddings; None does as the model's
             ``tie_word_embeddings`` says.
+        softcap: Logits are kept below this by ``softcap * tanh(logits / softcap)``
+            (arXiv:2408.00118, section 2); None leaves them as they are.
     """
 
     vocab_size: int | None = None
@@ -40,6 +42,7 @@ class LanguageModelConfig(HeadConfig):
     layer_norm: bool = True
     bias: bool = True
     tied: bool | None = None
+    softcap: float | None = None
 
     def completed(self, model_config: PretrainedConfig) -> LanguageModelConfig:
         """The configuration with what it leaves to the model filled in."""
@@ -112,6 +115,8 @@ class LanguageModelHead(PredictionHead):
         logits = functional.linear(hidden, weight, self.bias)
         if self.config.tied:
             logits = features.rescore(hidden, logits)
+        if (cap := self.config.softcap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         given, loss = labels.get("labels"), None
         if given is not None:
             end = logits.shape[1] - self.shift

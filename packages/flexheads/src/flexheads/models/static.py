@@ -32,6 +32,7 @@ from flexheads.models.static_heads import StaticHead
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import compiled
+from flexheads.sites.finding import holds
 
 _ARGUMENTS = ("adapter_names", *ARGUMENTS)
 
@@ -242,11 +243,14 @@ def attach(model: Any) -> None:
     """Finds the backbone of a model and attaches its architecture's sites."""
     spec = registry().architecture_for(model.config.model_type)
     backbone_class = resolve(spec.backbone)
-    backbone = model.base_model
-    # Some classes hold the backbone's parts themselves, and some only one side of them.
+    children = (getattr(model, name, None) for name in spec.prefixes)
+    # Where a class misnames the place, its base model is itself.
+    inside = next((child for child in children if isinstance(child, backbone_class)), None)
+    backbone = model.base_model if inside is None or model.base_model is not model else inside
+    # Some classes hold the backbone's parts themselves, and some only one of them.
     family = next(c for c in backbone_class.__mro__ if c.__name__.endswith("PreTrainedModel"))
-    sided = any(layers.side is not None for layers in spec.layers)
-    if not isinstance(backbone, family if sided else backbone_class):
+    held = any(holds(backbone, layers.path) for layers in spec.layers)
+    if not isinstance(backbone, family if held else backbone_class):
         raise UnsupportedError(
             f"The base model of {type(model).__name__} is a {type(backbone).__name__}; "
             f"architecture {spec.name!r} is about {backbone_class.__name__}."

@@ -53,7 +53,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             backbone_class: Any = self.backbone_class
             backbone = backbone_class(config)
         assert backbone is not None
-        setattr(self, backbone.base_model_prefix, backbone)
+        setattr(self, self.base_model_prefix, backbone)
         self.heads = NamedModules("head")
         self._attach(self.spec, backbone)
         self.post_init()  # type: ignore[operator]
@@ -75,6 +75,8 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             kwargs: As for transformers' ``from_pretrained``.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        if not cls.backbone_class.base_model_prefix:  # or it would not find itself in a file
+            kwargs.setdefault("key_mapping", {rf"^{cls.base_model_prefix}\.": ""})
         backbone, info = load_backbone(cls.backbone_class, path, *args, **kwargs)
         model = cls(backbone.config, backbone=backbone)
         restore(model, path, kwargs)
@@ -259,7 +261,8 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         "backbone_class": backbone,
         "input_names": input_names(backbone.forward),
         "config_class": backbone.config_class,
-        "base_model_prefix": backbone.base_model_prefix,
+        # Some classes name no place where others hold them.
+        "base_model_prefix": backbone.base_model_prefix or spec.prefixes[0],
         "forward": signed(ModelWithHeads.forward, backbone.forward, _ARGUMENTS),
     }
     return type(name, (ModelWithHeads, base), body)

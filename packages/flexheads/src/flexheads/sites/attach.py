@@ -381,11 +381,13 @@ def _residual_modules(
 ) -> dict[str, Any]:
     """What a residual site takes, by argument of `AttachedResidual`."""
     beside = site.beside if getattr(config, site.beside_if or "", True) else None
+    norm = None if getattr(config, site.norm_unless or "", False) else site.norm
     return {
         "beside": None if beside is None else find_module(layer, beside, owner),
         "alone": site.alone,
         "output": find_module(layer, site.output, owner),
         "residual": find_module(layer, site.residual, owner),
         "residual_from": site.residual_from,
-        "norm": None if site.norm is None else find_module(layer, site.norm, owner),
+        "norm": None if norm is None else find_module(layer, norm, owner),
+        "added": site.added,
     }

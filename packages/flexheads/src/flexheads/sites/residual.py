@@ -123,6 +123,9 @@ class AttachedResidual(AttachedSite):
     where a part reads them and a hook behind the norm (``leave``) where it is replaced. Pre-LN
     layers are entered behind the sub-layer's output (``enter``), with a tap for ``r``, and one for
     the sub-layer ``beside``.
+
+    A sub-layer that has ``added`` the residual itself may call the norm inside too; it is entered
+    at the call that follows its output.
     """
 
     kind = "residual"
@@ -142,19 +145,22 @@ class AttachedResidual(AttachedSite):
         norm: nn.Module | None,
         beside: nn.Module | None = None,
         alone: bool = False,
+        added: bool = False,
     ) -> None:
         super().__init__(address, role, layer, host, width, runtime)
         self.output, self.residual, self.residual_from = output, residual, residual_from
-        self.norm, self.beside, self.alone = norm, beside, alone
+        self.norm, self.beside, self.alone, self.added = norm, beside, alone, added
 
     def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
         hooks = {"enter"}
         if self.norm is not None:
             hooks |= needs & {"x", "r"}
+            if self.added:
+                hooks |= {"x", "r"} if "x" in needs else {"x"}
             if part.replaces_norm:
                 hooks.add("leave")
-        elif needs & {"total", "r"} or part.replaces_norm:
+        elif needs & {"total", "r"} or self.added or part.replaces_norm:
             hooks |= {"r"} if self.beside is None else {"r", "beside"}
         return frozenset(hooks)
 
@@ -177,7 +183,9 @@ class AttachedResidual(AttachedSite):
     def op(self, chains: Sequence[Sequence[ResidualPart]], rows: RowMap | None) -> ResidualOp:
         needs = frozenset(need for chain in chains for part in chain for need in part.needs)
         replaces = tuple(bool(chain) and bool(chain[-1].replaces_norm) for chain in chains)
-        if self.norm is None and ("total" in needs or any(replaces)):
+        if self.norm is None and ("total" in needs or self.added or any(replaces)):
+            needs |= {"r"}
+        if self.added and "x" in needs:
             needs |= {"r"}
         return ResidualOp(tuple(map(tuple, chains)), rows, needs, replaces)
 
@@ -185,7 +193,7 @@ class AttachedResidual(AttachedSite):
 
     def _tap_output(self, module: nn.Module, args: Any, output: Any) -> None:
         op = self.planned()
-        if op is not None and "x" in op.needs:
+        if op is not None and (self.added or "x" in op.needs):
             self.runtime.put(self.address + ".x", first_tensor(output))
 
     def _tap_residual(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -213,7 +221,14 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None:
             return None
-        x, r = self._take("x", op), self._take("r", op)
+        if self.added:
+            given = self.runtime.take(self.address + ".x")
+            if given is None:
+                return None  # inside of the sub-layer
+            r = self._take("r", op)
+            x = given - r if "x" in op.needs else None
+        else:
+            x, r = self._take("x", op), self._take("r", op)
         streams = op.run(Stream(args[0], x, r, module.forward))
         if any(op.replaces):
             self.runtime.put(self.address + ".out", streams)
@@ -226,6 +241,8 @@ class AttachedResidual(AttachedSite):
         if op is None or not any(op.replaces):
             return None
         streams = self.runtime.take(self.address + ".out")
+        if streams is None:
+            return None
         normed = [output] if op.rows is None else op.rows.split(output)
         return op.merge(
             [s.x if w else n for s, n, w in zip(streams, normed, op.replaces, strict=True)]
@@ -240,12 +257,19 @@ class AttachedResidual(AttachedSite):
         x, r = first_tensor(output), self._take("r", op)
         if r is not None and self.beside is not None:
             r = r + self.runtime.take(self.address + ".beside")
+        if self.added:
+            x = x - r
         total = None
         if "total" in op.needs:
             total = x if self.alone else x + r
         streams = op.run(Stream(total, x, r, None))
-        # The layer adds r itself; where a part's result is the layer's, that must come to nothing.
-        result = op.merge(
-            [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]
-        )
+        if self.added:
+            result = op.merge(
+                [s.x if w else s.x + s.r for s, w in zip(streams, op.replaces, strict=True)]
+            )
+        else:
+            # The layer adds r; where a part's result is the layer's, that must come to nothing.
+            result = op.merge(
+                [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]
+            )
         return (result, *output[1:]) if isinstance(output, (tuple, list)) else result

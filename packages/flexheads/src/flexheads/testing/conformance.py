@@ -265,7 +265,11 @@ def check_whole_model(architecture: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         other = type(model).from_pretrained(directory)
-        backbone = type(model).backbone_class.from_pretrained(directory)
+        backbone_class = type(model).backbone_class
+        if backbone_class.base_model_prefix:  # or transformers cannot read this class from others
+            backbone = backbone_class.from_pretrained(directory)
+        else:
+            backbone = other._attachment.backbone
     assert other.adapters.keys() == ("b", "a"), "Adapters are missing or in another order."
     assert torch.equal(_output(other), _output(model)), "The saved model is another one."
     mine, saved = model._attachment.backbone.state_dict(), backbone.state_dict()

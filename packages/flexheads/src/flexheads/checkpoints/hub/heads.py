@@ -34,7 +34,7 @@ class HeadNames:
         config: The head's configuration with its ``head_type``.
     """
 
-    _EXTRA = ("problem_type", "tied", "scaled")
+    _EXTRA = ("problem_type", "tied", "scaled", "softcap")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config

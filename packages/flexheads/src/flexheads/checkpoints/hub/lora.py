@@ -131,7 +131,8 @@ class LoRANames(AdapterNames):
         order = [site for site in self.layout.paths if site in forms]
         for suffix in forms[order[0]]:
             tensors = [forms[site][suffix] for site in order]
-            if suffix in _JOINED and tensors[0].ndim <= 2:
+            alike = len({tensor.shape[:1] for tensor in tensors}) == 1
+            if suffix in _JOINED and tensors[0].ndim <= 2 and alike:
                 joined[suffix] = torch.cat(tensors)
             else:  # for which that library has no form
                 roles = [site.rpartition(".")[2] for site in order]

@@ -1,0 +1,110 @@
+"""What this package registers: where GPT-NeoX's sites are, and how its static heads convert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import metadata
+
+from flexheads import (
+    ArchitectureSpec,
+    FusedBlock,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+    hookimpl,
+)
+
+_HEADS_IN_TURN = "num_attention_heads"
+
+GPT_NEOX = ArchitectureSpec(
+    name="gpt_neox",
+    model_types=("gpt_neox",),
+    backbone="transformers.models.gpt_neox.modeling_gpt_neox:GPTNeoXModel",
+    embeddings="embed_in",
+    layers=(
+        LayerSpec(
+            path="layers",
+            attention=ResidualSite(output="post_attention_dropout", residual="input_layernorm"),
+            feed_forward=ResidualSite(
+                output="post_mlp_dropout",
+                residual="post_attention_layernorm",
+                beside="post_attention_dropout",
+                beside_if="use_parallel_residual",
+            ),
+            query="attention.query_key_value",
+            key="attention.query_key_value",
+            value="attention.query_key_value",
+            attention_output="attention.dense",
+            mlp_in="mlp.dense_h_to_4h",
+            mlp_out="mlp.dense_4h_to_h",
+            fused={
+                "query": FusedBlock(0, 3, groups=_HEADS_IN_TURN),
+                "key": FusedBlock(1, 3, groups=_HEADS_IN_TURN),
+                "value": FusedBlock(2, 3, groups=_HEADS_IN_TURN),
+            },
+            self_attention="attention",
+            norms=("input_layernorm", "post_attention_layernorm"),
+            adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},
+        ),
+    ),
+    norms=("final_layer_norm",),
+    pooling="last_token",
+    tiny={
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "vocab_size": 99,
+        "max_position_embeddings": 64,
+        "rotary_pct": 0.5,
+        "pad_token_id": 0,
+    },
+)
+
+# The output matrix has another name since transformers 5. Both are read; the last one is written.
+_LM_NAMES = sorted(
+    ("embed_out.weight", "lm_head.weight"),
+    reverse=int(metadata.version("transformers").partition(".")[0]) < 5,
+)
+
+_ONE_LAYER = {"layers": 1, "activation_function": None}
+
+_HEADS = {
+    "GPTNeoXForSequenceClassification": HeadRule(
+        head_type="classification",
+        weights={"score": "layers.0"},
+        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
+    ),
+    "GPTNeoXForTokenClassification": HeadRule(
+        head_type="tagging",
+        weights={"classifier": "layers.0"},
+        config={**_ONE_LAYER, "dropout_prob": 0.1},
+    ),
+    "GPTNeoXForQuestionAnswering": HeadRule(
+        head_type="question_answering",
+        weights={"qa_outputs": "layers.0"},
+        config={**_ONE_LAYER, "dropout_prob": 0.0},
+        output="start_logits",
+    ),
+    "GPTNeoXForCausalLM": HeadRule(
+        head_type="causal_lm",
+        weights=dict.fromkeys(_LM_NAMES, "weight"),
+        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
+    ),
+}
+
+
+@hookimpl
+def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
+    """GPT-NeoX."""
+    return [GPT_NEOX]
+
+
+@hookimpl
+def flexheads_register_conversions() -> Iterable[HeadConversion]:
+    """Every head class that transformers has for GPT-NeoX."""
+    return [
+        HeadConversion(architecture=GPT_NEOX.name, static_class=name, heads=(rule,))
+        for name, rule in _HEADS.items()
+    ]

@@ -1,0 +1,8 @@
+"""Mistral passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("mistral")
+def test_conformance(check):
+    check()
