@@ -14,6 +14,7 @@ pytestmark = MARKS
 COVERED = {"adapters130/bert": 120, "legacy/adapters1.0.1/bert": 36}
 COVERED |= {"adapters130/gpt2": 130, "adapters130/llama": 140, "adapters130/t5": 130}
 COVERED |= {"adapters130/vit": 100, "legacy/adapters1.0.1/gpt2": 36}
+COVERED |= {"adapters130/bart": 130, "adapters130/clip": 70}
 COVERED_LEGACY = {"legacy/1.1.1/bert": 20, "legacy/2.1.2/bert": 22, "legacy/3.2.1/bert": 24}
 COVERED_LEGACY |= {"legacy/2.1.2/gpt2": 12, "legacy/3.2.1/gpt2": 14, "legacy/3.2.1/t5": 9}
 # Everything that may be left out begins with one of these words.

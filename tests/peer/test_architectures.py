@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from flexheads import load_config
 from flexheads.models.with_heads import with_heads_class
-from flexheads.plugins import registry, resolve
+from flexheads.plugins import registry
 from flexheads.testing import randomise, tiny_config, tiny_inputs
 
 from .comparing import assert_close, assert_same_outputs, gradients
@@ -33,22 +35,12 @@ def config_of(architecture: str) -> Any:
     return tiny_config(architecture, attn_implementation="eager", **drops)
 
 
-def peer_of(architecture: str) -> Any:
-    """The peer's model; for the parts of models, which it has no class with heads for, a bare one."""
-    config = config_of(architecture)
-    if config.model_type in adapters.ADAPTER_MODEL_MAPPING_NAMES:
-        return adapters.AutoAdapterModel.from_config(config)
-    model = resolve(registry().architecture(architecture).backbone)(config)
-    adapters.init(model)
-    return model
-
-
 def models(architecture: str, fields: str) -> tuple[Any, Any]:
     """Our model and the peer's with the same weights in backbone and adapter."""
     ours = with_heads_class(registry().architecture(architecture).with_heads)(
         config_of(architecture)
     )
-    theirs = peer_of(architecture)
+    theirs = adapters.AutoAdapterModel.from_config(config_of(architecture))
     randomise(ours, seed=SEED, std=0.1)
     theirs.base_model.load_state_dict(ours.base_model.state_dict(), strict=False)
     own = load_config(fields)
@@ -69,6 +61,14 @@ def _swap_back(theirs: Any) -> None:
         layer = getattr(module, "attention_adapters", None)
         if layer is not None:
             layer.forward = lambda r, x, norm, forward=layer.forward: forward(x, r, norm)
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    """Double precision for all that is made: masks of transformers 4.57 overflow otherwise."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("fields", CONFIGS)

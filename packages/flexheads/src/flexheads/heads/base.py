@@ -94,7 +94,7 @@ class Features:
         self,
         output: Any,
         *,
-        pooling: str = "first_token",
+        pooling: str | None = "first_token",
         pad: int | None = None,
         eos: int | None = None,
         scale: float = 1.0,

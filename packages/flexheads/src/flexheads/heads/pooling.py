@@ -24,6 +24,8 @@ def pool(features: Features) -> Tensor:
     hidden = features.hidden
     if features.pooling == "first_token":
         return hidden[:, 0]
+    if features.pooling == "pooler":
+        return features.pooled(use_pooler=True)
     if features.pooling == "last_eos":
         return _last(hidden, _ends(features))
     real = _real(features)

@@ -84,6 +84,11 @@ class HeadsMixin(SetupMixin):
         tolerant: bool = False,
     ) -> PredictionHead:
         """A new head that is not in the model yet, placed where the backbone ends."""
+        if self._attachment.spec.pooling is None:
+            raise UnsupportedError(
+                f"{type(self).__name__} gives no sequence of states that a head could read. Add "
+                "heads to a model of one of its parts."
+            )
         head_class = resolve(registry().head_type(head_type, provider=provider).head)
         backbone = self._attachment.backbone
         fields = head_class.config_class.from_dict(config, tolerant=tolerant)

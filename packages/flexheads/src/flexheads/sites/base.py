@@ -149,13 +149,12 @@ def _execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def input_embeddings(module: Any) -> nn.Module | None:
+def input_embeddings(module: Any) -> Any:
     """What a transformers model looks tokens up in; None where its class does not tell."""
     try:
-        found: nn.Module | None = module.get_input_embeddings()
+        return module.get_input_embeddings()
     except NotImplementedError:
         return None
-    return found
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from flexheads.sites.base import CALL
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
-from flexheads.specs import LayerSpec, Side
+from flexheads.specs import LayerSpec
 
 
 class CallInputs:
     """Notes arguments by name; sites read them with ``runtime.peek(CALL)``.
 
-    The hook `CALL` notes those of the backbone. The hook ``CALL.<side>`` notes those of one side of
-    an encoder-decoder under its own name, because generation calls an encoder by itself. Beside
+    The hook `CALL` notes those of the backbone. The hook ``CALL.<part>`` notes those of one part of
+    a model of several under its own name: a side of an encoder-decoder, or a tower of two. Beside
     the arguments stands ``past_length``, how many positions a cache held when the call began.
 
     Args:
@@ -37,21 +37,21 @@ class CallInputs:
 
     def register(self, hook: str) -> RemovableHandle:
         """Registers the hook."""
-        side = hook.partition(".")[2]
-        host = self._holder(side) if side else self.backbone
+        part = hook.partition(".")[2]
+        host = self._holder(part) if part else self.backbone
         note = _Note(self.runtime, hook, host)
         return host.register_forward_pre_hook(note.take, with_kwargs=True)
 
-    def _holder(self, side: str) -> nn.Module:
-        """The module that holds the layers of a side and is called with their inputs."""
-        paths = next(layers.path for layers in self.layers if layers.side == side)
+    def _holder(self, part: str) -> nn.Module:
+        """The module that holds the layers of a part and is called with their inputs."""
+        paths = next(layers.path for layers in self.layers if layers.part == part)
         for path in (paths,) if isinstance(paths, str) else paths:
             try:
                 self.backbone.get_submodule(path)
             except AttributeError:
                 continue
             return self.backbone.get_submodule(path.rpartition(".")[0])
-        raise AssertionError(f"The sites of the {side} were found, but not its layers.")
+        raise AssertionError(f"The sites of {part} were found, but not its layers.")
 
 
 class _Note:
@@ -166,12 +166,12 @@ class Tokens:
         return functional.pad(real, (missing, 0), value=past > 0 and real.shape[-1] == length)
 
 
-def tokens_of(call: Any, side: Side | None) -> Tokens:
-    """The tokens of one side in what `CallInputs` has noted; all positions where that is nothing.
+def tokens_of(call: Any, side: str | None) -> Tokens:
+    """The tokens of one part in what `CallInputs` has noted; all positions where that is nothing.
 
     Args:
         call: What it has noted, or None.
-        side: The side of an encoder-decoder; None where there is only one.
+        side: The part of the model; None where there is only one.
     """
     given = call if side is None or call is None else call.get(f"{CALL}.{side}")
     if given is None:

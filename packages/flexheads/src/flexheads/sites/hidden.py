@@ -12,7 +12,6 @@ from flexheads.sites.base import CALL, AttachedSite, first_tensor
 from flexheads.sites.call import Tokens, tokens_of
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
-from flexheads.specs import Side
 
 
 class HiddenPart(nn.Module):
@@ -60,7 +59,7 @@ class AttachedHidden(AttachedSite):
         width: int,
         runtime: Runtime,
         *,
-        side: Side | None,
+        side: str | None,
     ) -> None:
         super().__init__(address, role, layer, host, width, runtime)
         self.side = side

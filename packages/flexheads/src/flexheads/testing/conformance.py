@@ -20,20 +20,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flexheads.checkpoints.bundle import SavedHead
 from flexheads.composition import Rows
-from flexheads.conversion.to_static import convert_to_static
 from flexheads.errors import UnsupportedError
 from flexheads.methods.config import load_config
 from flexheads.models.inputs import batch_size
-from flexheads.models.static import init
-from flexheads.models.with_heads import ModelWithHeads, with_heads_class
+from flexheads.models.with_heads import ModelWithHeads
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual
 from flexheads.specs import HeadConversion
-from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing.static_checks import check_conversion, check_generation, same
+from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model
 
 CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "vera", "dora")
 """The configurations that the checks try of the core's first methods; of others, the first one."""
@@ -106,11 +104,6 @@ def _output(model: ModelWithHeads, **call: Any) -> Tensor:
     return first
 
 
-def _same(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -> None:
-    difference = (actual - expected).abs().max().item()
-    assert difference <= tolerance, f"{what}: outputs differ by {difference:.2e}."
-
-
 def check_residual_sites(architecture: str) -> None:
     """Output plus residual is what comes next: the paths of the spec name the right modules.
 
@@ -146,8 +139,8 @@ def check_residual_sites(architecture: str) -> None:
         assert set(tensors) == named, f"{address}: not all modules were called."
         if address in shared:
             continue
-        total = tensors["x"] + tensors["r"] + tensors.get("beside", 0)
-        _same(total, tensors["total"], f"{address}: x + r is not what follows")
+        total = tensors["x"] + (0 if site.added else tensors["r"]) + tensors.get("beside", 0)
+        same(total, tensors["total"], f"{address}: x + r is not what follows")
 
 
 def _note(seen: dict[str, Tensor], key: str, module: nn.Module, which: str) -> None:
@@ -189,7 +182,7 @@ def check_adapter(architecture: str, config: str) -> None:
         return
     model.add_adapter("a", config=config, set_active=True)
     if load_config(config).tag not in _NEVER_NEUTRAL:
-        _same(_output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
+        same(_output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
     randomise(model.adapters["a"])
     acting = _output(model)
     assert not torch.allclose(acting, before, atol=1e-3), f"{config} has no effect."
@@ -304,7 +297,7 @@ def check_attention_implementations(architecture: str) -> None:
         randomise(model.adapters)
         outputs.append(_output(model))
     eager, sdpa = outputs
-    _same(sdpa, eager, "sdpa against eager")
+    same(sdpa, eager, "sdpa against eager")
 
 
 def check_gradient_checkpointing(architecture: str) -> None:
@@ -330,7 +323,7 @@ def check_gradient_checkpointing(architecture: str) -> None:
         gradients.append([p.grad for p in model.adapters.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert plain.abs().max() > 1e-5, "The loss does not depend on the adapter."
-        _same(recomputed / plain.abs().max(), plain / plain.abs().max(), "recomputed gradients")
+        same(recomputed / plain.abs().max(), plain / plain.abs().max(), "recomputed gradients")
 
 
 def _without_dropout(architecture: str) -> dict[str, Any]:
@@ -360,62 +353,4 @@ def check_rows(architecture: str) -> None:
         mixed = model(**tiny_inputs(model.config), adapter_names=Rows(["a", None, "b"]))
     for name, row in (("a", 0), ("b", 2)):
         alone = _output(model, adapter_names=name, head=name)[row]
-        _same(mixed[name].logits[0], alone, f"row {row} under {name!r}")
-
-
-def check_conversion(static_class: str) -> None:
-    """A static head becomes flexible heads that give its outputs, and comes back as it was."""
-    conversion = registry().conversion(static_class)
-    static = init(tiny_static(static_class))
-    static.add_adapter("a", set_active=True)
-    randomise(static.adapters)
-    name = registry().architecture(conversion.architecture).with_heads
-    model = with_heads_class(name)(tiny_config(conversion.architecture)).eval()
-    model._attachment.backbone.load_state_dict(_backbone_state(static, model), strict=False)
-    inputs = tiny_inputs(static.config, batch=4)
-    heads = ["a" + rule.suffix for rule in conversion.heads]
-    with tempfile.TemporaryDirectory() as directory:
-        static.save_adapter(directory, "a")
-        model.load_adapter(directory, set_active=True)
-    choices = "multiple_choice" in {rule.head_type for rule in conversion.heads}
-    if choices:
-        inputs = {key: value.view(2, 2, -1) for key, value in inputs.items()}
-    with torch.no_grad():
-        expected = static(**inputs)
-        for head, rule in zip(heads, conversion.heads, strict=True):
-            actual = model(**inputs, head=head).to_tuple()[0]
-            _same(actual, expected[rule.output], f"{static_class} as {rule.head_type}")
-    saved: list[SavedHead] = [model._saved_head(head) for head in heads]  # type: ignore[misc]
-    back = convert_to_static(saved, conversion, model.config, model._embeddings())
-    original = static._saved_head("a").tensors
-    assert set(back.tensors) == set(original), "Names differ after the way there and back."
-    for key, tensor in original.items():
-        assert torch.equal(back.tensors[key], tensor), f"{key} differs after the way back."
-
-
-def check_generation(static_class: str) -> None:
-    """Generating with a cache gives the tokens that come without one; an adapter changes them."""
-    static = init(tiny_static(static_class))
-    static.add_adapter("a", config="double_seq_bn", set_active=True)
-    randomise(static.adapters)
-    inputs = tiny_inputs(static.config)
-    inputs.pop("decoder_input_ids", None)
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    ids, mask = inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1)
-
-    def generate(use_cache: bool) -> Tensor:
-        found: Tensor = static.generate(
-            input_ids=ids, attention_mask=mask, use_cache=use_cache, **settings
-        )
-        return found
-
-    cached = generate(True)
-    assert torch.equal(cached, generate(False)), f"{static_class}: the cache changes the tokens."
-    static.set_active_adapters(None)
-    assert not torch.equal(cached, generate(True)), f"{static_class}: the adapter has no effect."
-
-
-def _backbone_state(static: Any, model: ModelWithHeads) -> dict[str, Tensor]:
-    """The static model's backbone weights; a part that its class leaves out stays random."""
-    own = static._attachment.backbone.state_dict()
-    return {k: v for k, v in own.items() if k in model._attachment.backbone.state_dict()}
+        same(mixed[name].logits[0], alone, f"row {row} under {name!r}")

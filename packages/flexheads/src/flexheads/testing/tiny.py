@@ -56,19 +56,22 @@ def tiny_inputs(
         seed: Of the random numbers.
 
     Returns:
-        ``pixel_values``; or ``input_ids`` and ``attention_mask`` with padding in the last row, with
-        the tokens that the architecture is pooled at, and with as many ``decoder_input_ids`` where
-        there is a decoder to feed.
+        ``pixel_values`` where the model reads images. Where it reads tokens ``input_ids`` and
+        ``attention_mask``, with padding in the last row, with the tokens that the architecture is
+        pooled at, and with as many ``decoder_input_ids`` where there is a decoder to feed.
     """
     generator = torch.Generator().manual_seed(seed)
     spec = registry().architecture_for(config.model_type)
     if spec.inputs == "pixels":
-        shape = (batch, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
+        return {"pixel_values": _images(config, batch, generator)}
+    if spec.inputs == "tokens_and_pixels":
+        images = _images(config.vision_config, batch, generator)
+        return {**tiny_inputs(config.text_config, batch, length, seed), "pixel_values": images}
     ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
-    if spec.pooling == "last_eos":
+    ends = spec.pooling == "pooler" and getattr(config, "eos_token_id", None) is not None
+    if spec.pooling == "last_eos" or ends:
         ids[:, -1] = ids[-1, -3] = config.eos_token_id
     if getattr(config, "pad_token_id", None) is not None:
         ids[mask == 0] = config.pad_token_id
@@ -78,6 +81,11 @@ def tiny_inputs(
         read[:, 0] = config.decoder_start_token_id
         inputs["decoder_input_ids"] = read
     return inputs
+
+
+def _images(config: Any, batch: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, config.num_channels, config.image_size, config.image_size)
+    return torch.randn(shape, generator=generator)
 
 
 @torch.no_grad()
