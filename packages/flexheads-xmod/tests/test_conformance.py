@@ -1,0 +1,8 @@
+"""X-MOD passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("xmod")
+def test_conformance(check):
+    check()
