@@ -78,6 +78,8 @@ def test_outputs_and_gradients(architecture: str, fields: str) -> None:
         pytest.skip("the peer has no class for it")
     if "inv" in fields and registry().architecture(architecture).inputs == "pixels":
         pytest.skip("the peer has no invertible adapters for images")
+    if architecture == "xmod":
+        pytest.skip("the peer takes the model's own language adapters out")
     if (architecture, fields) == ("deberta", "lora"):
         pytest.skip("the peer cuts a projection into thirds whose parts take turns by head")
     ours, theirs = models(architecture, fields)
