@@ -94,6 +94,8 @@ class LayerSpec:
         self_attention, encoder_attention: The modules that compute the self-attention and the
             cross-attention, from queries, keys and values.
         norms: The layer norms.
+        folded: Whether some of these modules see the positions of all rows in one dimension,
+            ``(batch * sequence, ...)``.
         adapterhub: For files in the AdapterHub layout: site role to module path inside the layer.
             Roles that are not named use the first alternative of their own path. An attention
             role with ``.prefix`` behind it is what files call the prefixes of that attention.
@@ -119,6 +121,7 @@ class LayerSpec:
     self_attention: Path | None = None
     encoder_attention: Path | None = None
     norms: tuple[Path, ...] = ()
+    folded: bool = False
     adapterhub: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -127,7 +130,7 @@ class LayerSpec:
         return self.side or self.config
 
 
-_NO_ROLES = ("path", "side", "config", "fused", "adapterhub")
+_NO_ROLES = ("path", "side", "config", "fused", "folded", "adapterhub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,8 @@ class ArchitectureSpec:
         name: The architecture's name; `AutoModelWithHeads` prints it.
         model_types: The values of ``config.model_type`` that this spec answers to.
         backbone: The transformers base model, as ``"module:Class"``.
+        entry: The module inside the backbone that is called with its inputs, where classes with a
+            static head call that instead of the backbone.
         layers: The stacks of layers. Layer numbers count through them in this order.
         embeddings: The module whose output enters the first layer; invertible adapters act on it.
         late_embeddings: The module behind which positions have been added too, where that is not
@@ -169,6 +174,7 @@ class ArchitectureSpec:
     model_types: tuple[str, ...]
     backbone: str
     layers: tuple[LayerSpec, ...]
+    entry: Path | None = None
     embeddings: Path | None = None
     late_embeddings: Path | None = None
     embeddings_from: Literal["input", "output"] = "output"

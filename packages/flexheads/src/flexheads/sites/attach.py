@@ -73,7 +73,9 @@ class Attachment:
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
         self._handles: dict[tuple[str, str], RemovableHandle] = {}
-        self._call = CallInputs(self.runtime, backbone, spec.layers)
+        entry, owner = spec.entry, f"Architecture {spec.name!r}"
+        self._called = backbone if entry is None else find_module(backbone, entry, owner)
+        self._call = CallInputs(self.runtime, self._called, spec.layers)
         for site in self._find_sites(model):
             self.sites[site.address] = site
         share_projections(self.sites.values())
@@ -109,7 +111,9 @@ class Attachment:
                 continue
             found = find_layers(self.backbone, layers.path, owner)
             for index, (_, layer) in enumerate(found):
-                yield from self._find_layer_sites(layer, layers, stack, index, owner)
+                for site in self._find_layer_sites(layer, layers, stack, index, owner):
+                    site.folded = layers.folded
+                    yield site
                 self.depth += 1
         for number, path in enumerate(self.spec.norms):
             if self._lacks(path):
@@ -151,8 +155,9 @@ class Attachment:
             return
         layers = find_stack(backbone, path, owner)
         holder = next(m for m in backbone.modules() if any(c is layers for c in m.children()))
+        called: Any = self._called
         yield AttachedPrompt(
-            model, backbone, embeddings, holder, width, self.runtime, encoder=encoder
+            model, called, embeddings, holder, width, self.runtime, encoder=encoder
         )
 
     def _lacks(self, path: Path) -> bool:
@@ -278,7 +283,7 @@ class Attachment:
             ("" if hook.partition(".")[0] == CALL else address, hook)
             for parts in adapters
             for address, part in parts.items()
-            for hook in self.sites[address].needed(part)
+            for hook in (*self.sites[address].needed(part), *self.sites[address].folding)
         }
         new = [key for key in needed if key not in self._handles]
         inside = (module for module in self.model.modules() if module is not self.model)

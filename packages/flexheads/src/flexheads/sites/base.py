@@ -35,6 +35,8 @@ class AttachedSite(ABC):
     kind: str
     """What is handed to an adapter here: ``residual``, ``linear``, ``attention``, ``hidden``,
     ``embedding``, ``norm`` or ``tokens``."""
+    folded: bool = False
+    """Whether the module may see the positions of all rows in one dimension."""
 
     def __init__(
         self,
@@ -67,6 +69,24 @@ class AttachedSite(ABC):
     def planned(self) -> Any:
         """This site's part in the plan that holds, or None."""
         return self.runtime.current().ops.get(self.address)
+
+    @property
+    def folding(self) -> tuple[str, ...]:
+        """The hooks that `unfolded` relies on."""
+        return (CALL,) if self.folded else ()
+
+    def unfolded(self, tensor: Tensor) -> Tensor:
+        """What the module sees as ``(batch, sequence, ...)``, if that is folded into one."""
+        if not self.folded or tensor.dim() > 2:
+            return tensor
+        call = self.runtime.peek(CALL)
+        given = call.get("input_ids")
+        given = call["inputs_embeds"] if given is None else given
+        return tensor.unflatten(0, (given.shape[0], -1))
+
+    def folded_as(self, given: Tensor, result: Tensor) -> Tensor:
+        """The inverse of `unfolded`: a result in the shape that the module works in."""
+        return result.reshape(given.shape) if self.folded else result
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.address!r})"

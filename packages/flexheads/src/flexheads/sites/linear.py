@@ -295,18 +295,20 @@ class AttachedLinear(AttachedSite):
         op = self._planned()
         if op is None or not op.enters:
             return None
-        return (run_chains(op.chains, op.rows, _enter, args[0]), *args[1:])
+        hidden = run_chains(op.chains, op.rows, _enter, self.unfolded(args[0]))
+        return (self.folded_as(args[0], hidden), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         op = self._planned()
         if op is None:
             return None
-        hidden, own = args[0], self.projection.of(output)
+        hidden, whole = self.unfolded(args[0]), self.unfolded(output)
+        own = self.projection.of(whole)
         if op.enters and self.projection.columns is not None:
             hidden = run_chains(op.chains, op.rows, _enter, hidden)
             own = self.projection.run(hidden)
         own = run_chains(op.chains, op.rows, self._run, hidden, own)
-        return self.projection.into(output, own)
+        return self.folded_as(output, self.projection.into(whole, own))
 
     def _run(self, parts: Sequence[LinearPart], hidden: Tensor, output: Tensor) -> Tensor:
         for part in parts:

@@ -72,7 +72,8 @@ class AttachedOutput(AttachedSite):
         op: OutputOp | None = self.planned()
         if op is None:
             return None
-        return run_chains(op.chains, op.rows, _run, args[0], output)
+        given, own = self.unfolded(args[0]), self.unfolded(output)
+        return self.folded_as(output, run_chains(op.chains, op.rows, _run, given, own))
 
 
 def _run(parts: Sequence[OutputPart], given: Tensor, output: Tensor) -> Tensor:

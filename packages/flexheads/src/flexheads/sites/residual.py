@@ -124,6 +124,9 @@ class AttachedResidual(AttachedSite):
     layers are entered behind the sub-layer's output (``enter``), with a tap for ``r``, and one for
     the sub-layer ``beside``.
 
+    Sub-layers of a pre-LN layer may share the module that gives their results. The call that is a
+    site's own is the first one behind its residual's (``turn``).
+
     A sub-layer that has ``added`` the residual itself may call the norm inside too; it is entered
     at the call that follows its output.
     """
@@ -150,6 +153,7 @@ class AttachedResidual(AttachedSite):
         super().__init__(address, role, layer, host, width, runtime)
         self.output, self.residual, self.residual_from = output, residual, residual_from
         self.norm, self.beside, self.alone, self.added = norm, beside, alone, added
+        self.shares_output = False
 
     def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
@@ -160,11 +164,15 @@ class AttachedResidual(AttachedSite):
                 hooks |= {"x", "r"} if "x" in needs else {"x"}
             if part.replaces_norm:
                 hooks.add("leave")
+        elif self.shares_output:
+            hooks |= {"turn", "r"}
         elif needs & {"total", "r"} or self.added or part.replaces_norm:
             hooks |= {"r"} if self.beside is None else {"r", "beside"}
         return frozenset(hooks)
 
     def register(self, hook: str) -> RemovableHandle:
+        if hook == "turn":
+            return self.residual.register_forward_pre_hook(self._begin)
         if hook == "r" and self.residual_from == "output":
             return self.residual.register_forward_hook(self._tap_residual_output, prepend=True)
         if hook == "r":
@@ -200,6 +208,10 @@ class AttachedResidual(AttachedSite):
         op = self.planned()
         if op is not None and "r" in op.needs:
             self.runtime.put(self.address + ".r", first_argument(args, kwargs))
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if self.planned() is not None:
+            self.runtime.put(self.address + ".turn", True)
 
     def _tap_residual_output(self, module: nn.Module, args: Any, output: Any) -> None:
         op = self.planned()
@@ -252,11 +264,12 @@ class AttachedResidual(AttachedSite):
 
     def _after_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         op: ResidualOp | None = self.planned()
-        if op is None:
+        if op is None or (self.shares_output and not self.runtime.take(self.address + ".turn")):
             return None
-        x, r = first_tensor(output), self._take("r", op)
+        given, r = first_tensor(output), self._take("r", op)
         if r is not None and self.beside is not None:
             r = r + self.runtime.take(self.address + ".beside")
+        x, r = self.unfolded(given), None if r is None else self.unfolded(r)
         if self.added:
             x = x - r
         total = None
@@ -272,4 +285,5 @@ class AttachedResidual(AttachedSite):
             result = op.merge(
                 [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]
             )
+        result = self.folded_as(given, result)
         return (result, *output[1:]) if isinstance(output, (tuple, list)) else result

@@ -1,0 +1,8 @@
+"""OPT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("opt")
+def test_conformance(check):
+    check()
