@@ -94,6 +94,8 @@ PHI3 = ArchitectureSpec(
         "intermediate_size": 64,
         "vocab_size": 99,
         "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         "pad_token_id": 0,
         "sliding_window": 4,
     },
