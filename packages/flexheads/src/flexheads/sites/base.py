@@ -82,7 +82,7 @@ class AttachedSite(ABC):
         call = self.runtime.peek(CALL)
         given = call.get("input_ids")
         given = call["inputs_embeds"] if given is None else given
-        return tensor.unflatten(0, (given.shape[0], -1))
+        return tensor.view(given.shape[0], -1, tensor.shape[-1])
 
     def folded_as(self, given: Tensor, result: Tensor) -> Tensor:
         """The inverse of `unfolded`: a result in the shape that the module works in."""

@@ -70,26 +70,31 @@ class Projection:
 
     def _rows(self, stored: Tensor) -> Tensor:
         """The same as a view, ``(groups, rows in a group, ...)``."""
-        return stored.unflatten(0, (self.groups, -1))[:, self.columns]
+        return stored.view(self.groups, -1, *stored.shape[1:])[:, self.columns]
 
     def _store(self, stored: Tensor, own: Tensor) -> None:
         """Writes this projection's rows into the module's weight or bias."""
         if self.columns is None:
             stored.copy_(own)
         else:
-            self._rows(stored).copy_(own.unflatten(0, (self.groups, -1)))
+            own = own.clone()  # it may be a view of the same numbers
+            self._rows(stored).copy_(own.view(self.groups, -1, *own.shape[1:]))
 
     def of(self, output: Tensor) -> Tensor:
         """This projection's part of what the module computes."""
         if self.columns is None:
             return output
-        return output.unflatten(-1, (self.groups, -1))[..., self.columns].flatten(-2)
+        return self._grouped(output)[..., self.columns].flatten(-2)
+
+    def _grouped(self, output: Tensor) -> Tensor:
+        """An output as ``(..., groups, columns in a group)``."""
+        return output.view(*output.shape[:-1], self.groups, -1)
 
     def into(self, output: Tensor, own: Tensor) -> Tensor:
         """What the module computes, with this projection's part replaced."""
         if self.columns is None:
             return own
-        whole, own = (t.unflatten(-1, (self.groups, -1)) for t in (output, own))
+        whole, own = self._grouped(output), self._grouped(own)
         before, behind = whole[..., : self.columns.start], whole[..., self.columns.stop :]
         return torch.cat([before, own, behind], dim=-1).flatten(-2)
 

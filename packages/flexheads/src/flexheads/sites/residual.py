@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -266,10 +267,12 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None or (self.shares_output and not self.runtime.take(self.address + ".turn")):
             return None
-        given, r = first_tensor(output), self._take("r", op)
+        given = first_tensor(output)
+        r: Any = self._take("r", op)
         if r is not None and self.beside is not None:
             r = r + self.runtime.take(self.address + ".beside")
-        x, r = self.unfolded(given), None if r is None else self.unfolded(r)
+        r = None if r is None else self.unfolded(r)
+        x = self.unfolded(given)
         if self.added:
             x = x - r
         total = None
@@ -287,3 +290,11 @@ class AttachedResidual(AttachedSite):
             )
         result = self.folded_as(given, result)
         return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
+
+
+def share_outputs(sites: Iterable[AttachedSite]) -> None:
+    """Tells sites that share the module of their results that they do."""
+    found = [site for site in sites if isinstance(site, AttachedResidual) and site.norm is None]
+    counts = Counter(id(site.output) for site in found)
+    for site in found:
+        site.shares_output = counts[id(site.output)] > 1
