@@ -56,6 +56,7 @@ TEXT = ArchitectureSpec(
     norms=(("text_model.final_layer_norm", "final_layer_norm"),),
     pooling="pooler",
     pooler=True,
+    fixed_positions_if=("eos_token_id",),  # at which the model pools
     adapterhub={"embeddings": "text_model"},
     tiny=_TEXT_SIZES,
 )

@@ -159,6 +159,8 @@ class ArchitectureSpec:
         prompts: Where prompts join: behind `embeddings`, without positions of their own, or the
             embeddings of tokens, with them; None is the latter where a model is pooled at the last
             token.
+        fixed_positions_if: Attributes of the configuration; where one is set the model looks
+            positions up by their number in the input, so that no prompt can join.
         scaled_if: The attribute of the configuration (or alternatives) that says whether
             language-model heads read the hidden states over the square root of their size.
         prefixes: Names under which classes with a static head hold the backbone, beside the
@@ -184,6 +186,7 @@ class ArchitectureSpec:
     pooler: bool = False
     decoder_starts_with: Literal["start_token", "last_token"] = "start_token"
     prompts: Literal["embeddings", "tokens"] | None = None
+    fixed_positions_if: tuple[str, ...] = ()
     scaled_if: Path | None = None
     prefixes: tuple[str, ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
@@ -200,6 +203,11 @@ class ArchitectureSpec:
             if field.name not in _NO_ROLES and getattr(layers, field.name)
         }
         return frozenset(named | ({"embeddings"} if self.embeddings is not None else set()))
+
+    def fixed_positions(self, config: Any) -> bool:
+        """Whether a model looks positions up by their number in the input."""
+        names = self.fixed_positions_if
+        return any(getattr(config, name, None) not in (None, False) for name in names)
 
     def check(self, config: Any) -> None:
         """Refuses a model that this spec is not about.

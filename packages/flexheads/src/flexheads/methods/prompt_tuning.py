@@ -92,7 +92,8 @@ class PromptTuningMethod(AdapterMethod):
         site = sites.get(PROMPT)
         if not isinstance(site, AttachedPrompt):
             raise UnsupportedError(
-                "This architecture names no embeddings that a prompt could join, or joins several."
+                "This model has no embeddings that a prompt could join: its package names none, it "
+                "joins several, or it looks positions up by their number."
             )
         if site.behind_embeddings and getattr(model_config, "is_decoder", False):
             raise UnsupportedError(

@@ -26,7 +26,7 @@ from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.output import AttachedOutput
 from flexheads.sites.prompt import PROMPT, AttachedPrompt
 from flexheads.sites.relative_bias import share_projections
-from flexheads.sites.residual import AttachedResidual
+from flexheads.sites.residual import AttachedResidual, share_outputs
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.sites.tokens import AttachedTokens
@@ -78,6 +78,7 @@ class Attachment:
         self._call = CallInputs(self.runtime, self._called, spec.layers)
         for site in self._find_sites(model):
             self.sites[site.address] = site
+        share_outputs(self.sites.values())
         share_projections(self.sites.values())
         norms = {id(s.host): s.address for s in self.sites.values() if s.kind == "norm"}
         self._norms = {
@@ -138,8 +139,8 @@ class Attachment:
         sides = {layers.side for layers in spec.layers}
         if spec.embeddings is None or self._lacks(spec.embeddings):
             return
-        if (len(spec.layers) > 1 and sides == {None}) or spec.pooling == "pooler":
-            return  # there it would move positions that the model looks up by itself
+        if (len(spec.layers) > 1 and sides == {None}) or spec.fixed_positions(backbone.config):
+            return
         encoder = backbone.get_encoder() if "encoder" in sides else None
         if "encoder" in sides and encoder is None:
             return

@@ -322,7 +322,14 @@ class AttachedAttention(AttachedSite):
             if word in given:  # its length is read, so it must be that of the projection's result
                 changes[word] = functional.pad(given[word], (0, 0, length, 0))
         self.runtime.put(self.address, (keys, values, length if changes else 0))
-        mask_name = next(word for word in _MASKS if word in self.names)
+        mask_name = next((word for word in _MASKS if word in self.names), None)
+        if mask_name is None:
+            if keep is not None or given.get("relative_position_bias") is not None:
+                raise UnsupportedError(
+                    f"{type(module).__name__} takes no mask with the installed transformers: no "
+                    "prefixes of different lengths in one batch, no biases by position. Update it."
+                )
+            return replaced(self.names, args, kwargs, changes) if changes else None
         mask = given.get(mask_name)
         if mask is not None and self.bias is not None:  # true may be attended to, in any dtype
             mask = mask.bool()

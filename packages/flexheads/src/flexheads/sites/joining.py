@@ -28,7 +28,9 @@ def mechanism(host: nn.Module, has_projections: bool) -> tuple[str | None, tuple
         return "interface", names
     if any(word in names for word in CACHES):
         return "cache", names
-    return ("projections" if has_projections else None), names
+    # Such a bias is for the module's own keys, one by one.
+    biased = getattr(host, "has_relative_position_bias", False)
+    return ("projections" if has_projections and not biased else None), names
 
 
 def private_config(config: Any, implementation: str) -> Any:

@@ -117,7 +117,7 @@ def check_residual_sites(architecture: str) -> None:
     shared = set()  # their sum is a part of the next one's
     for number, site in enumerate(sites):
         own = seen[site.address]
-        _note(own, "x", site.output, "output")
+        _note(own, "x", site.output, "output", since="r" if site.shares_output else None)
         _note(own, "r", site.residual, site.residual_from)
         if site.beside is not None:
             _note(own, "beside", site.beside, "output")
@@ -144,14 +144,17 @@ def check_residual_sites(architecture: str) -> None:
         same(total, expected, f"{address}: x + r is not what follows")
 
 
-def _note(seen: dict[str, Tensor], key: str, module: nn.Module, which: str) -> None:
-    """Notes a module's first input, or its output."""
+def _note(
+    seen: dict[str, Tensor], key: str, module: nn.Module, which: str, since: str | None = None
+) -> None:
+    """Notes a module's first input, or its output; that of the first call behind another note."""
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen[key] = first_argument(args, kwargs)
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:
-        seen[key] = first_tensor(output)
+        if since is None or (since in seen and key not in seen):
+            seen[key] = first_tensor(output)
 
     if which == "input":
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -199,8 +202,8 @@ def check_adapter(architecture: str, config: str) -> None:
 def _lacks(model: ModelWithHeads, config: str) -> bool:
     """Whether an architecture has no site of a kind that a configuration needs."""
     fields, spec = load_config(config), model.spec
-    if fields.tag == "prompt_tuning" and spec.pooling in ("pooler", None):
-        return True
+    if fields.tag == "prompt_tuning":
+        return spec.pooling is None or spec.fixed_positions(tiny_config(spec.name))
     if fields.tag == "trainable_tokens":
         two_sides = any(layers.side is not None for layers in spec.layers)
         return spec.inputs != "tokens" or two_sides

@@ -1,0 +1,8 @@
+"""BEiT passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("beit")
+def test_conformance(check):
+    check()

@@ -1,0 +1,62 @@
+"""What this package registers: where DINOv2's sites are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from flexheads import ArchitectureSpec, LayerSpec, ResidualSite, hookimpl
+
+DINOV2 = ArchitectureSpec(
+    name="dinov2",
+    model_types=("dinov2",),
+    backbone="transformers.models.dinov2.modeling_dinov2:Dinov2Model",
+    embeddings="embeddings",
+    layers=(
+        LayerSpec(
+            path="encoder.layer",
+            # Behind the scale of each sub-layer both share a module.
+            attention=ResidualSite(output="drop_path", residual="norm1"),
+            feed_forward=ResidualSite(output="drop_path", residual="norm2"),
+            query=("attention.attention.query", "attention.q_proj"),
+            key=("attention.attention.key", "attention.k_proj"),
+            value=("attention.attention.value", "attention.v_proj"),
+            attention_output=("attention.output.dense", "attention.o_proj"),
+            mlp_in=("mlp.fc1", "mlp.weights_in", "mlp.up_proj"),
+            mlp_out=("mlp.fc2", "mlp.weights_out", "mlp.down_proj"),
+            self_attention=("attention.attention", "attention"),
+            norms=("norm1", "norm2"),
+            adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},
+        ),
+    ),
+    norms=("layernorm",),
+    inputs="pixels",
+    pooling="first_token",
+    pooler=True,
+    tiny={
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    },
+)
+
+REGISTERS = replace(
+    DINOV2,
+    name="dinov2_with_registers",
+    model_types=("dinov2_with_registers",),
+    backbone=(
+        "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+        ":Dinov2WithRegistersModel"
+    ),
+)
+
+
+# The class for image classification reads the first token beside the mean of the others, which is
+# twice as wide as what a flexible head reads. Adapters work on it.
+@hookimpl
+def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
+    """DINOv2, and its version with registers."""
+    return [DINOV2, REGISTERS]
