@@ -1,0 +1,94 @@
+"""Adapters and heads of every architecture that both libraries have go through files, both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexheads.models.with_heads import with_heads_class
+from flexheads.plugins import registry
+from flexheads.specs import ArchitectureSpec
+from flexheads.testing import randomise, tiny_config, tiny_inputs
+
+from .comparing import assert_same_outputs
+from .configurations import FILES
+from .exchange import peer_load
+from .library import adapters
+from .pairs import NAME, SEED, add_our_adapter, add_peer_adapter, randomise_named
+from .test_architectures import config_of
+
+pytestmark = [
+    pytest.mark.peer,
+    pytest.mark.filterwarnings("ignore:`past_key_value` is deprecated:FutureWarning"),
+]
+
+
+def in_both(spec: ArchitectureSpec) -> bool:
+    """Whether both read tokens with one side, so that one call fits all, and mean the same."""
+    known = type(tiny_config(spec.name)) in adapters.AutoAdapterModel._model_mapping
+    plain = spec.inputs == "tokens" and all(layers.side is None for layers in spec.layers)
+    # The peer takes X-MOD's own adapters out, and swaps what ALBERT's attention adapters are given.
+    return known and plain and spec.name not in ("bert", "xmod", "albert")
+
+
+NAMES = [name for name, spec in registry().architectures.items() if in_both(spec)]
+KINDS = ("seq_bn", "lora_all", "prefix_flat", "prefix", "loreft_tied", "unipelt")
+
+
+def pair(architecture: str) -> tuple[Any, Any]:
+    """Our model and the peer's with the same backbone."""
+    ours = with_heads_class(registry().architecture(architecture).with_heads)(
+        config_of(architecture)
+    )
+    theirs = adapters.AutoAdapterModel.from_config(config_of(architecture))
+    randomise(ours.base_model, seed=SEED, std=0.1)
+    theirs.base_model.load_state_dict(ours.base_model.state_dict(), strict=False)
+    return ours.eval(), theirs.eval()
+
+
+def fits(architecture: str, kind: str) -> bool:
+    """Whether both can: the peer cuts fused projections its own way, and we refuse some prefixes."""
+    spec = registry().architecture(architecture)
+    if any(layers.fused for layers in spec.layers) and kind in ("lora_all", "unipelt"):
+        return False
+    return "self_attention" in spec.roles or "prefix" not in kind
+
+
+CASES = [(name, kind) for name in NAMES for kind in KINDS if fits(name, kind)]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_we_read_what_the_peer_writes(architecture: str, kind: str, tmp_path: Path) -> None:
+    ours, theirs = pair(architecture)
+    add_peer_adapter(theirs, FILES[kind])
+    theirs.save_adapter(str(tmp_path), NAME, with_head=False, use_safetensors=False)
+    assert ours.load_adapter(tmp_path, set_active=True) == NAME
+    assert_same_outputs(ours.base_model, theirs.base_model, tiny_inputs(ours.config))
+
+
+@pytest.mark.parametrize(("architecture", "kind"), CASES)
+def test_the_peer_reads_what_we_write(architecture: str, kind: str, tmp_path: Path) -> None:
+    ours, theirs = pair(architecture)
+    add_our_adapter(ours, FILES[kind])
+    ours.save_adapter(tmp_path, NAME)
+    assert peer_load(theirs, tmp_path) == NAME
+    assert_same_outputs(ours.base_model, theirs.base_model, tiny_inputs(ours.config))
+
+
+@pytest.mark.parametrize("architecture", [n for n in NAMES if n != "bert-generation"])
+def test_heads(architecture: str, tmp_path: Path) -> None:
+    """A classification head of two layers, and one that reads every token."""
+    ours, theirs = pair(architecture)
+    theirs.add_classification_head("first", num_labels=3)
+    randomise_named(theirs, "heads.first.")
+    theirs.save_head(str(tmp_path / "first"), "first")
+    ours.load_head(tmp_path / "first")
+    ours.add_tagging_head("second", num_labels=4)
+    randomise(ours.heads["second"], seed=SEED)
+    ours.save_head(tmp_path / "second", "second")
+    theirs.load_head(str(tmp_path / "second"), use_safetensors=True)
+    for name in ("first", "second"):
+        ours.active_head = theirs.active_head = name
+        assert_same_outputs(ours, theirs, tiny_inputs(ours.config))
