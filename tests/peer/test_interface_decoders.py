@@ -1,8 +1,8 @@
 """Decoders that the peer describes by an interface: our adapters give its outputs, and gradients.
 
-It has no class with heads for them. Gemma is not among them: there the peer adds the residual in
-front of the norm behind a sub-layer, which the model does not, and takes the last layer's norm in
-every layer.
+It has no class with heads for them. Bottlenecks in Gemma are left out: there the peer adds the
+residual in front of the norm behind a sub-layer, which the model does not, and takes the last
+layer's norm in every layer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "phi": "PhiForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 CONFIGS = (
     "seq_bn",
@@ -41,6 +43,7 @@ CASES = [
     for architecture in CLASSES
     for fields in CONFIGS
     if (architecture, fields) != ("phi", "par_bn")  # which the peer crashes on
+    and not ("gemma" in architecture and "bn" in fields)
 ]
 
 
@@ -75,7 +78,7 @@ def test_outputs_and_gradients(architecture: str, fields: str) -> None:
         assert_close(one[key], other[key], key)
 
 
-@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("architecture", [name for name in CLASSES if "gemma" not in name])
 def test_files_go_both_ways(architecture: str, tmp_path: Path) -> None:
     ours, theirs = models(architecture, "double_seq_bn")
     given = tiny_inputs(ours.config)
