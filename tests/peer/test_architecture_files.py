@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from flexheads.models.with_heads import with_heads_class
 from flexheads.plugins import registry
 from flexheads.specs import ArchitectureSpec
 from flexheads.testing import randomise, tiny_config, tiny_inputs
 
-from .comparing import assert_same_outputs
+from .comparing import assert_close, assert_same_outputs, call
 from .configurations import FILES
 from .exchange import peer_load
 from .library import adapters
@@ -49,7 +50,7 @@ def pair(architecture: str) -> tuple[Any, Any]:
 
 
 def fits(architecture: str, kind: str) -> bool:
-    """Whether both can: the peer cuts fused projections its own way, and we refuse some prefixes."""
+    """Whether both can: the peer cuts fused projections its own way; we refuse some prefixes."""
     spec = registry().architecture(architecture)
     if any(layers.fused for layers in spec.layers) and kind in ("lora_all", "unipelt"):
         return False
@@ -92,3 +93,31 @@ def test_heads(architecture: str, tmp_path: Path) -> None:
     for name in ("first", "second"):
         ours.active_head = theirs.active_head = name
         assert_same_outputs(ours, theirs, tiny_inputs(ours.config))
+
+
+STATIC = [
+    name
+    for name, conversion in registry().conversions.items()
+    if conversion.architecture in NAMES and name in adapters.head_utils.STATIC_TO_FLEX_HEAD_MAP
+]
+
+
+@pytest.mark.parametrize("static_class", STATIC)
+def test_heads_of_static_classes(static_class: str, tmp_path: Path) -> None:
+    """What the peer saves of a static class becomes a flexible head with the same outputs."""
+    conversion = registry().conversion(static_class)
+    (rule,) = conversion.heads
+    theirs = getattr(transformers, static_class)(config_of(conversion.architecture))
+    adapters.init(theirs)
+    randomise(theirs, seed=SEED, std=0.1)
+    add_peer_adapter(theirs, FILES["seq_bn"])
+    theirs.save_adapter(str(tmp_path), NAME, with_head=True, use_safetensors=False)
+    ours, _ = pair(conversion.architecture)
+    state = theirs.base_model.state_dict()
+    own = ours.base_model.state_dict()
+    ours.base_model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    ours.load_adapter(tmp_path, set_active=True)
+    given = tiny_inputs(ours.config, batch=4)
+    if rule.head_type == "multiple_choice":
+        given = {key: value.view(2, 2, -1) for key, value in given.items()}
+    assert_close(call(ours, given)[rule.output], call(theirs, given)[rule.output])
