@@ -108,8 +108,8 @@ def test_heads_of_static_classes(static_class: str, tmp_path: Path) -> None:
     conversion = registry().conversion(static_class)
     (rule,) = conversion.heads
     theirs = getattr(transformers, static_class)(config_of(conversion.architecture))
-    adapters.init(theirs)
     randomise(theirs, seed=SEED, std=0.1)
+    adapters.init(theirs)
     add_peer_adapter(theirs, FILES["seq_bn"])
     theirs.save_adapter(str(tmp_path), NAME, with_head=True, use_safetensors=False)
     ours, _ = pair(conversion.architecture)
