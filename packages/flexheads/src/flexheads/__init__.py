@@ -67,6 +67,7 @@ _LAZY = {
     "TrainableTokensConfig": "flexheads.methods.trainable_tokens",
     "UniPELTConfig": "flexheads.methods.union",
     "VeraConfig": "flexheads.methods.lora",
+    "describe": "flexheads.models.describe",
     "init": "flexheads.models.static",
     "load_config": "flexheads.methods.config",
     "lora_fa_groups": "flexheads.methods.lora_groups",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from flexheads import specs
@@ -85,10 +87,7 @@ class Registry:
 
     def architecture_for(self, model_type: str, provider: str | None = None) -> ArchitectureSpec:
         """Return the architecture that answers to a configuration's ``model_type``."""
-        guess = canonicalize_name(f"{PROJECT}-{model_type}")
-        package = f"pip install {guess} (a guess) or " if _DISTRIBUTION.fullmatch(guess) else ""
-        hint = f"Try {package}pip install '{PROJECT}[all]'; "
-        hint += f"`{PROJECT} plugins` lists what is installed."
+        hint = f"{_way_to_architecture(model_type)} `{PROJECT} plugins` lists what is installed."
         return self._find(ArchitectureSpec, "model type", model_type, provider, hint)
 
     def with_heads(self, class_name: str, provider: str | None = None) -> ArchitectureSpec:
@@ -143,6 +142,40 @@ class Registry:
             reasons = "; ".join(f"{s.provider}: {s.reason}" for s in self.skipped)
             hint += f" Installed but not loaded: {reasons}."
         raise UnknownNameError(label, name, known, hint.strip())
+
+
+def _way_to_architecture(model_type: str) -> str:
+    """What to install for a model type; what to write where no package of ours is for it."""
+    name = canonicalize_name(model_type)
+    own = [package for package in first_party() if _is_for(package, name)]
+    if own:
+        return f"Try: pip install {max(own, key=len)}."
+    guess = canonicalize_name(f"{PROJECT}-{model_type}")
+    package = f"pip install {guess} (a guess) or " if _DISTRIBUTION.fullmatch(guess) else ""
+    return (
+        f"Try {package}pip install '{PROJECT}[all]'. Where there is no package, "
+        f"print({PROJECT}.describe(model)) with a small model of transformers' own class is a "
+        "specification to start one from."
+    )
+
+
+def _is_for(package: str, model_type: str) -> bool:
+    """Whether a package has the name of a model type, of its first part, or of its last one.
+
+    So that of "acme" is for "acme-v2", "acme3_text" and "xl-acme", and not for "subacme".
+    """
+    family = package.removeprefix(f"{PROJECT}-")
+    return re.fullmatch(rf"(.*-)?{re.escape(family)}\d*(-.*)?", model_type) is not None
+
+
+def first_party() -> tuple[str, ...]:
+    """The packages that the core's own extras name."""
+    try:
+        required = importlib.metadata.requires(PROJECT) or ()
+    except importlib.metadata.PackageNotFoundError:  # used straight from its sources
+        return ()
+    names = {canonicalize_name(Requirement(line).name) for line in required if "extra ==" in line}
+    return tuple(sorted(name for name in names if name.startswith(f"{PROJECT}-")))
 
 
 def label_of(spec: Spec) -> str:

@@ -1,8 +1,8 @@
 """A bias of attention scores that a module makes of relative positions, maybe with projections.
 
-Where the projections of queries and keys are those of the text too (DeBERTa, arXiv:2006.03654,
-section 3.1, with shared weights), they run twice in each call: on the hidden states, and on one
-row of embeddings of relative positions that all rows of the batch share.
+Where the projections of queries and keys are those of the text too (arXiv:2006.03654, section 3.1,
+with shared weights), they run twice in each call: on the hidden states, and on one row of
+embeddings of relative positions that all rows of the batch share.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RelativeBias:
             heads = self.host.num_attention_heads
             split = zip(_cut(rows, query, heads), _cut(rows, key, heads), strict=True)
             parts = [self._run(n, *own, args, kwargs) for n, own in enumerate(split)]
-            bias = rows.merge([part.unflatten(0, (-1, heads)) for part in parts]).flatten(0, 1)
+            bias = rows.merge([_by_head(part, heads) for part in parts]).flatten(0, 1)
         return functional.pad(bias, (length, 0)) if isinstance(bias, Tensor) else bias
 
     def _run(self, chain: int, query: Tensor, key: Tensor, args: Any, kwargs: Any) -> Any:
@@ -103,8 +103,12 @@ def _none() -> int:
 
 
 def _cut(rows: RowMap, tensor: Tensor, heads: int) -> list[Tensor]:
-    split: list[Tensor] = rows.split(tensor.unflatten(0, (-1, heads)))
-    return [own.flatten(0, 1) for own in split]
+    return [own.flatten(0, 1) for own in rows.split(_by_head(tensor, heads))]
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:
+    """``(batch * heads, ...)`` as ``(batch, heads, ...)``."""
+    return tensor.reshape(-1, heads, *tensor.shape[1:])
 
 
 def relative_bias(host: nn.Module, address: str, runtime: Runtime) -> RelativeBias | None:
