@@ -58,18 +58,28 @@ _TWO_LAYERS_WEIGHTS = {"pre_classifier": "layers.0", "classifier": "layers.1"}
 
 _HEADS = {
     "DistilBertForSequenceClassification": HeadRule(
-        head_type="classification", weights=_TWO_LAYERS_WEIGHTS, config=_TWO_LAYERS
+        head_type="classification",
+        weights=_TWO_LAYERS_WEIGHTS,
+        config=_TWO_LAYERS,
+        config_from={"dropout_prob": "seq_classif_dropout"},
     ),
     "DistilBertForMultipleChoice": HeadRule(
-        head_type="multiple_choice", weights=_TWO_LAYERS_WEIGHTS, config=_TWO_LAYERS
+        head_type="multiple_choice",
+        weights=_TWO_LAYERS_WEIGHTS,
+        config=_TWO_LAYERS,
+        config_from={"dropout_prob": "seq_classif_dropout"},
     ),
     "DistilBertForTokenClassification": HeadRule(
-        head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER
+        head_type="tagging",
+        weights={"classifier": "layers.0"},
+        config=_ONE_LAYER,
+        config_from={"dropout_prob": "dropout"},
     ),
     "DistilBertForQuestionAnswering": HeadRule(
         head_type="question_answering",
         weights={"qa_outputs": "layers.0"},
         config=_ONE_LAYER,
+        config_from={"dropout_prob": "qa_dropout"},
         output="start_logits",
     ),
     "DistilBertForMaskedLM": HeadRule(

@@ -73,9 +73,10 @@ def _check(
     given = {key: value for key, value in head.config.items() if key != "head_type"}
     config = head_class.config_class.from_dict(given, tolerant=True)
     wanted: dict[str, Any] = {
-        **{key: value for key, value in rule.config.items() if key != "dropout_prob"},
+        **rule.config,
         **{key: getattr(model_config, str(path), None) for key, path in rule.config_from.items()},
     }
+    wanted.pop("dropout_prob", None)  # the class has its own
     # An activation or a pooler between layers that do not exist changes nothing.
     skip = {"activation_function"} if config.get("layers") == wanted.get("layers") == 1 else set()
     differing = [
