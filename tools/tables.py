@@ -38,6 +38,22 @@ def architectures() -> str:
     return table(("architecture", "class", "package", "static heads that convert"), rows)
 
 
+def matrix() -> str:
+    """Which architecture carries which method, and how many static heads convert."""
+    import carried
+
+    found, answers = registry(), ("no", "yes")
+    rows = (
+        (
+            code(spec.name),
+            *(answers[one] for one in carried.carried(spec.name, NEEDS)),
+            str(len(found.conversions_for(spec.name))),
+        )
+        for spec in found.architectures.values()
+    )
+    return table(("architecture", *map(code, carried.columns()), "static heads"), rows)
+
+
 def heads() -> str:
     """Every type of head."""
     found = registry()
@@ -296,6 +312,7 @@ PARTS: dict[str, Callable[..., str]] = {
     part.__name__: part
     for part in (
         architectures,
+        matrix,
         heads,
         methods,
         overview,
