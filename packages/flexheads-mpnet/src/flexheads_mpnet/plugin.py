@@ -13,7 +13,6 @@ from flexheads import (
     hookimpl,
 )
 
-# Its attention is not named: it leaves no way in for keys and values beside its own.
 MPNET = ArchitectureSpec(
     name="mpnet",
     model_types=("mpnet",),
@@ -34,6 +33,7 @@ MPNET = ArchitectureSpec(
             attention_output="attention.attn.o",
             mlp_in="intermediate.dense",
             mlp_out="output.dense",
+            self_attention="attention.attn",
             norms=("attention.LayerNorm", "output.LayerNorm"),
             adapterhub={"attention": "attention", "feed_forward": "output"},
         ),

@@ -29,7 +29,7 @@ def mechanism(host: nn.Module, has_projections: bool) -> tuple[str | None, tuple
     if any(word in names for word in CACHES):
         return "cache", names
     # Such a bias is for the module's own keys, one by one.
-    biased = getattr(host, "has_relative_position_bias", False)
+    biased = getattr(host, "has_relative_position_bias", False) or "position_bias" in names
     return ("projections" if has_projections and not biased else None), names
 
 
