@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from flexheads.errors import UnsupportedError
@@ -20,7 +20,8 @@ Pooling = Literal["first_token", "last_token", "last_eos", "mean", "pooler"]
 is the end-of-sequence token, the mean over all that are no padding, or what the model itself says
 (``pooler_output``)."""
 
-Inputs = Literal["tokens", "pixels", "tokens_and_pixels"]
+Inputs = Literal["tokens", "pixels", "tokens_and_pixels", "features", "waveform"]
+"""What a model reads; features of sound, or the sound itself."""
 
 Side = Literal["encoder", "decoder"]
 
@@ -82,6 +83,8 @@ class LayerSpec:
         path: The ``ModuleList`` of layers, relative to the backbone. ``.*.`` stands for every
             number of an outer list.
         side: The side of an encoder-decoder model; None where there is only one.
+        when: Attributes of the configuration, each with the value for which the layers are so; a
+            model with another value has layers of another `LayerSpec` at that path.
         config: The attribute of the configuration that is the one of these layers, where a model
             has several parts with one each.
         attention: Residual site behind the self-attention.
@@ -104,6 +107,7 @@ class LayerSpec:
     path: Path
     side: Side | None = None
     config: str | None = None
+    when: Mapping[str, Any] = field(default_factory=dict)
     attention: ResidualSite | None = None
     cross_attention: ResidualSite | None = None
     feed_forward: ResidualSite | None = None
@@ -130,7 +134,7 @@ class LayerSpec:
         return self.side or self.config
 
 
-_NO_ROLES = ("path", "side", "config", "fused", "folded", "adapterhub")
+_NO_ROLES = ("path", "side", "config", "when", "fused", "folded", "adapterhub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +151,8 @@ class ArchitectureSpec:
         embeddings: The module whose output enters the first layer; invertible adapters act on it.
         late_embeddings: The module behind which positions have been added too, where that is not
             `embeddings`; invertible adapters of the `adapters` library have been trained there.
-        embeddings_from: Whether they act on that module's output, or on its first input.
+        embeddings_from: Whether those of `embeddings` act on that module's output, or on its first
+            input.
         norms: Layer norms outside of the layers.
         inputs: What the model reads.
         pooling: What stands for the sequence where a head asks for one vector. None where there is
@@ -208,6 +213,15 @@ class ArchitectureSpec:
         """Whether a model looks positions up by their number in the input."""
         names = self.fixed_positions_if
         return any(getattr(config, name, None) not in (None, False) for name in names)
+
+    def fitting(self, config: Any) -> ArchitectureSpec:
+        """This spec without the layers that a model of that configuration does not have."""
+        layers = tuple(
+            own
+            for own in self.layers
+            if all(getattr(config, name, value) == value for name, value in own.when.items())
+        )
+        return self if layers == self.layers else replace(self, layers=layers)
 
     def check(self, config: Any) -> None:
         """Refuses a model that this spec is not about.
@@ -280,6 +294,8 @@ class HeadRule:
         aliases: Static tensors that repeat another one: ``{"cls.predictions.bias": "..."}``.
         added_bias: A static tensor ``(1, outputs)`` that is added to the logits. It becomes a bias
             of the flexible head, which has none where the tensor is zero.
+        zero_unless: Tensors of the flexible head that the static class has only if an attribute of
+            the configuration says so; without they are zero.
         suffix: Appended to the name where a static class becomes several flexible heads.
         output: The field of the static model's output that equals the head's logits.
     """
@@ -290,6 +306,7 @@ class HeadRule:
     config_from: Mapping[str, Path] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     added_bias: str | None = None
+    zero_unless: Mapping[str, str] = field(default_factory=dict)
     suffix: str = ""
     output: str = "logits"
 

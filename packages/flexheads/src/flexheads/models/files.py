@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ class SavingMixin(AdapterModelMixin):
             UnknownNameError: If a type of head or adapter is not installed.
             UnsupportedError: If transformers' own method is meant, and there are adapters.
         """
-        if upstream or adapter_name_or_path is None:
+        if upstream or adapter_name_or_path is None or self._is_language(adapter_name_or_path):
             return self._load_upstream(adapter_name_or_path, revision, upstream)
         bundle = self._read(adapter_name_or_path, revision, with_head)
         if bundle.adapter is None:
@@ -149,10 +150,23 @@ class SavingMixin(AdapterModelMixin):
 
     def _load_upstream(self, path: Any, revision: str | None, upstream: dict[str, Any]) -> str:
         """Passes a call on to transformers' own ``load_adapter``."""
-        self._refuse_peft()
-        given = {"peft_model_id": path, "revision": revision}
+        theirs = super().load_adapter  # type: ignore[misc]
+        first = next(iter(inspect.signature(theirs).parameters))
+        if first == "peft_model_id":
+            self._refuse_peft()
+        given = {first: path, "revision": revision}
         upstream |= {key: value for key, value in given.items() if value is not None}
-        return str(super().load_adapter(**upstream))  # type: ignore[misc]
+        return str(theirs(**upstream))
+
+    def _is_language(self, path: str | Path) -> bool:
+        """Whether a call is for a class whose own ``load_adapter`` takes a language.
+
+        Such a class has small layers for each language, which its configuration gives a size.
+        """
+        has_layers = getattr(self.config, "adapter_attn_dim", None) is not None
+        names = inspect.signature(super().load_adapter).parameters  # type: ignore[misc]
+        named = isinstance(path, str) and "/" not in path and not Path(path).is_dir()
+        return has_layers and "target_lang" in names and named
 
     # --- helpers ------------------------------------------------------------------------------
 

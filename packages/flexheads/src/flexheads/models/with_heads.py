@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -135,7 +136,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         return output if as_dict else _as_tuple(output)
 
     def _features(
-        self, plan: Plan, inputs: Mapping[str, Any], output: ModelOutput, choices: int | None
+        self, plan: Plan, inputs: Mapping[str, Any], output: Any, choices: int | None
     ) -> Features:
         tokens = plan.ops.get(TOKENS)
         return Features(
@@ -144,14 +145,29 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             pad=getattr(self.config, "pad_token_id", None),
             eos=getattr(self.config, "eos_token_id", None),
             scale=self._scale(),
-            attention_mask=inputs.get("attention_mask"),
-            input_ids=inputs.get("input_ids"),
+            attention_mask=self._mask(inputs, output.last_hidden_state),
+            input_ids=inputs.get("decoder_input_ids" if self._reads_sound() else "input_ids"),
             choices=choices,
             embeddings=self._embeddings(),
             undo=_undoing(plan),
             rescore=None if tokens is None else tokens.scores,
             first=self._attachment.runtime.take(POOLED),
         )
+
+    def _reads_sound(self) -> bool:
+        """Whether an encoder reads sound, so that the tokens of heads are the decoder's own."""
+        return self.spec.inputs == "features"
+
+    def _mask(self, inputs: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
+        """The mask of the positions that heads read, ``(batch, sequence)``, or None."""
+        if self._reads_sound():
+            return inputs.get("decoder_attention_mask")
+        mask, backbone = inputs.get("attention_mask"), self._attachment.backbone
+        if mask is None or self.spec.inputs != "waveform":
+            return mask
+        # Samples become fewer positions, in a way that only the model knows.
+        found: Tensor = backbone._get_feature_vector_attention_mask(hidden.shape[1], mask)
+        return found
 
     def _scale(self) -> float:
         """What language-model heads multiply the hidden states by."""

@@ -66,7 +66,7 @@ class Attachment:
         self, model: PreTrainedModel, backbone: PreTrainedModel, spec: ArchitectureSpec
     ) -> None:
         spec.check(backbone.config)
-        self.spec = spec
+        self.spec = spec = spec.fitting(backbone.config)
         self.runtime = Runtime()
         self.model = model
         self.backbone: Any = backbone
@@ -98,7 +98,7 @@ class Attachment:
             outputs = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             config = self._config_for(path)
             width = getattr(config, "embedding_size", None) or config.hidden_size
-            acts_on = self.spec.embeddings_from
+            acts_on = self.spec.embeddings_from if address == EMBEDDINGS else "output"
             yield AttachedEmbedding(address, host, width, self.runtime, outputs, acts_on)
         tokens = input_embeddings(self.backbone)
         # Two sides share the weights of that module, but need not call the module itself.

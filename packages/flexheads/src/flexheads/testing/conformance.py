@@ -202,6 +202,9 @@ def check_adapter(architecture: str, config: str) -> None:
 def _lacks(model: ModelWithHeads, config: str) -> bool:
     """Whether an architecture has no site of a kind that a configuration needs."""
     fields, spec = load_config(config), model.spec
+    members = (fields, *getattr(fields, "configs", ()))
+    if {role for own in members for role in getattr(own, "roles", ())} - spec.roles:
+        return True
     if fields.tag == "prompt_tuning":
         return spec.pooling is None or spec.fixed_positions(tiny_config(spec.name))
     if fields.tag == "trainable_tokens":
@@ -209,10 +212,15 @@ def _lacks(model: ModelWithHeads, config: str) -> bool:
         return spec.inputs != "tokens" or two_sides
     if fields.tag == "ln_tuning":
         return "norms" not in spec.roles and not spec.norms
-    if "prefix_tuning" in {fields.tag, *(own.tag for own in getattr(fields, "configs", ()))}:
+    if "prefix_tuning" in {own.tag for own in members}:
         sites = [s for s in model._attachment.sites.values() if isinstance(s, AttachedAttention)]
         return not sites or any(site.mechanism is None for site in sites)
     return spec.embeddings is None and bool(fields.get("inv_adapter"))
+
+
+def _other(model: ModelWithHeads) -> str:
+    """A configuration of another method than bottlenecks, where there is one that fits."""
+    return "par_bn" if _lacks(model, "lora") else "lora"
 
 
 def _refuses(add: Callable[[], None], what: str) -> None:
@@ -257,7 +265,7 @@ def check_whole_model(architecture: str) -> None:
     if model.spec.pooling is not None:
         model.add_classification_head("b", num_labels=3)
     model.add_adapter("b", set_active=True)
-    model.add_adapter("a", config="lora")
+    model.add_adapter("a", config=_other(model))
     randomise(model.adapters)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -349,7 +357,7 @@ def check_rows(architecture: str) -> None:
     model = tiny_model(architecture)
     if model.spec.pooling is None:
         return
-    for name, config in (("a", "seq_bn"), ("b", "lora")):
+    for name, config in (("a", "seq_bn"), ("b", _other(model))):
         model.add_adapter(name, config=config)
         model.add_classification_head(name, num_labels=2)
     randomise(model.adapters)

@@ -63,12 +63,11 @@ def check_generation(static_class: str) -> None:
     inputs = tiny_inputs(static.config)
     inputs.pop("decoder_input_ids", None)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    ids, mask = inputs["input_ids"].flip(1), inputs["attention_mask"].flip(1)
+    for name in {"input_ids", "attention_mask"} & inputs.keys():
+        inputs[name] = inputs[name].flip(1)
 
     def generate(use_cache: bool) -> Tensor:
-        found: Tensor = static.generate(
-            input_ids=ids, attention_mask=mask, use_cache=use_cache, **settings
-        )
+        found: Tensor = static.generate(**inputs, use_cache=use_cache, **settings)
         return found
 
     cached = generate(True)

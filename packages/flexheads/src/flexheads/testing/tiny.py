@@ -56,9 +56,10 @@ def tiny_inputs(
         seed: Of the random numbers.
 
     Returns:
-        ``pixel_values`` where the model reads images. Where it reads tokens ``input_ids`` and
-        ``attention_mask``, with padding in the last row, with the tokens that the architecture is
-        pooled at, and with as many ``decoder_input_ids`` where there is a decoder to feed.
+        ``pixel_values``, ``input_features`` or ``input_values`` where the model reads these. Where
+        it reads tokens ``input_ids`` and ``attention_mask``, with padding in the last row, with the
+        tokens that the architecture is pooled at, and with as many ``decoder_input_ids`` where
+        there is a decoder to feed.
     """
     generator = torch.Generator().manual_seed(seed)
     spec = registry().architecture_for(config.model_type)
@@ -67,6 +68,17 @@ def tiny_inputs(
     if spec.inputs == "tokens_and_pixels":
         images = _images(config.vision_config, batch, generator)
         return {**tiny_inputs(config.text_config, batch, length, seed), "pixel_values": images}
+    if spec.inputs == "features":
+        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+        features = torch.randn(shape, generator=generator)
+        return {"input_features": features, **_to_decode(config, batch, length, generator)}
+    if spec.inputs == "waveform":
+        mask = torch.ones(batch, 400, dtype=torch.long)
+        mask[-1, -150:] = 0
+        return {
+            "input_values": torch.randn(batch, 400, generator=generator),
+            "attention_mask": mask,
+        }
     ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
@@ -77,10 +89,16 @@ def tiny_inputs(
         ids[mask == 0] = config.pad_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if getattr(config, "is_encoder_decoder", False):
-        read = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
-        read[:, 0] = config.decoder_start_token_id
-        inputs["decoder_input_ids"] = read
+        inputs |= _to_decode(config, batch, length, generator)
     return inputs
+
+
+def _to_decode(
+    config: Any, batch: int, length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    read = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
+    read[:, 0] = config.decoder_start_token_id
+    return {"decoder_input_ids": read}
 
 
 def _images(config: Any, batch: int, generator: torch.Generator) -> Tensor:

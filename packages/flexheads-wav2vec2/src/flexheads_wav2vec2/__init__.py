@@ -1,0 +1,15 @@
+"""Wav2Vec2, HuBERT and WavLM for flexheads: classes with heads, adapter sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["HubertModelWithHeads", "Wav2Vec2ModelWithHeads", "WavLMModelWithHeads"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from flexheads.models.with_heads import with_heads_class
+
+        return with_heads_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""Whisper passes the checks that every architecture passes."""
+
+from flexheads.testing import architecture_checks
+
+
+@architecture_checks("whisper")
+def test_conformance(check):
+    check()
