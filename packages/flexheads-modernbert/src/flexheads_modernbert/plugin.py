@@ -8,6 +8,7 @@ from flexheads import (
     ArchitectureSpec,
     FusedBlock,
     HeadConversion,
+    HeadRule,
     LayerSpec,
     ResidualSite,
     hookimpl,
@@ -61,6 +62,21 @@ MODERNBERT = ArchitectureSpec(
 )
 
 
+# Other classes have a norm between the layers of their heads, which no flexible head has.
+_MASKED_LM = HeadRule(
+    head_type="masked_lm",
+    weights={
+        "head.dense": "layers.0.dense",
+        "head.norm": "layers.0.norm",
+        "decoder.weight": "weight",
+        "decoder.bias": "bias",
+    },
+    config={"layers": 2, "layer_norm": True},
+    config_from={"activation_function": "classifier_activation", "bias": "decoder_bias"},
+    zero_unless={"layers.0.dense.bias": "classifier_bias", "layers.0.norm.bias": "norm_bias"},
+)
+
+
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
     """ModernBERT."""
@@ -69,5 +85,8 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """None yet: all of its classes have a norm without bias in their heads."""
-    return []
+    """The masked language model."""
+    conversion = HeadConversion(
+        architecture=MODERNBERT.name, static_class="ModernBertForMaskedLM", heads=(_MASKED_LM,)
+    )
+    return [conversion]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from flexheads.errors import UnsupportedError
 from flexheads.specs import HeadRule
 
 
@@ -33,13 +35,29 @@ def flexible_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str,
     added = known.get(rule.added_bias) if rule.added_bias is not None else None
     if added is not None and bool(added.any()):
         found["bias"] = added.reshape(-1)
+    for key in rule.zero_unless:
+        weight = found.get(f"{key.rpartition('.')[0]}.weight")
+        if weight is not None:
+            found.setdefault(key, weight.new_zeros(weight.shape[0]))
     return found
 
 
-def static_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `flexible_tensors`, with every alias written out."""
+def static_tensors(
+    rule: HeadRule, tensors: Mapping[str, Tensor], model_config: Any
+) -> dict[str, Tensor]:
+    """The inverse of `flexible_tensors`, with every alias written out.
+
+    Raises:
+        UnsupportedError: If a tensor that the static class lacks is not zero.
+    """
     back = {after: before for before, after in rule.weights.items()}
     own = dict(tensors)
+    for key, attribute in rule.zero_unless.items():
+        if not getattr(model_config, attribute) and bool(own.pop(key).any()):
+            raise UnsupportedError(
+                f"{key} of the head is not zero, but the static class has none with "
+                f"{attribute}={getattr(model_config, attribute)!r}."
+            )
     added = own.pop("bias", None) if rule.added_bias is not None else None
     named = {rename(key, back) or key: tensor for key, tensor in own.items()}
     if rule.added_bias is not None:

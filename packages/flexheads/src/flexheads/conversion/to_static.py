@@ -44,7 +44,7 @@ def convert_to_static(
         own = dict(head.tensors)
         if head.config.get("tied") and embeddings is not None:
             own["weight"] = embeddings
-        tensors |= static_tensors(rule, own)
+        tensors |= static_tensors(rule, own, model_config)
         labels = labels or head.config.get("label2id")
         problem_type = problem_type or head.config.get("problem_type")
         if rule.head_type != head.config["head_type"]:

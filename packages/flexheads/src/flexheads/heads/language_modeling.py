@@ -91,7 +91,10 @@ class LanguageModelHead(PredictionHead):
     ) -> None:
         config = config.completed(model_config)
         super().__init__(name, config, model_config)
-        eps = float(getattr(model_config, "layer_norm_eps", 1e-12))
+        named = ("layer_norm_eps", "norm_eps")
+        eps = next(
+            (float(getattr(model_config, n)) for n in named if hasattr(model_config, n)), 1e-12
+        )
         width, vocabulary = int(config.embedding_size or 0), int(config.vocab_size or 0)
         self.layers = nn.ModuleList(
             _Transform(self.hidden_size if number == 0 else width, config, eps)
