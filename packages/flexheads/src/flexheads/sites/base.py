@@ -149,7 +149,7 @@ def place(
     own = [p for p in host.parameters() if p.is_floating_point()]
     others = [] if otherwise is None else list(otherwise.parameters())
     weights = own or [p for p in others if p.is_floating_point()]
-    tensors = own or [*host.parameters(), *host.buffers(), *weights]
+    tensors: list[Tensor] = [*own] or [*host.parameters(), *host.buffers(), *weights]
     if not weights:
         return part.to(tensors[0].device) if tensors else part
     device = (own[which] if own else tensors[0]).device
