@@ -1,5 +1,6 @@
 """The projections that DeBERTa runs once more, on relative positions, and its fused one."""
 
+import copy
 import json
 
 import pytest
@@ -75,6 +76,19 @@ def test_rows_with_prefixes_too():
     for row, (name, length) in enumerate(zip("abc", (7, 7, 5), strict=True)):
         alone = run(model, adapter_names=name)[row]  # padding attends to everything alike
         torch.testing.assert_close(mixed[row, :length], alone[:length], atol=1e-5, rtol=0)
+
+
+def test_compiled_models_and_copies_give_the_same():
+    model = with_adapters("deberta-v2", a=LORA, b=LORA, p="prefix_tuning[prefix_length=3]")
+    rows = Rows([["a", "p"], "b", None])
+    expected = run(model, adapter_names=rows)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, adapter_names=rows), expected)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(run(twin, adapter_names=rows), expected)
+    randomise(twin.adapters, seed=7)
+    torch.testing.assert_close(run(model, adapter_names=rows), expected)
+    assert not torch.allclose(run(twin, adapter_names=rows), expected, atol=1e-3)
 
 
 def test_a_prefix_has_no_relative_positions():

@@ -77,8 +77,7 @@ class RelativeBias:
         """
         length = self.prefix()
         key = key[:, length:]
-        planned = [op for site in self.shared if (op := site.planned()) is not None]
-        rows: RowMap | None = next((op.rows for op in planned if op.rows is not None), None)
+        rows = self._rows()
         if rows is None:
             bias = self._run(_ALL, query, key, args, kwargs)
         else:
@@ -87,6 +86,15 @@ class RelativeBias:
             parts = [self._run(n, *own, args, kwargs) for n, own in enumerate(split)]
             bias = rows.merge([_by_head(part, heads) for part in parts]).flatten(0, 1)
         return functional.pad(bias, (length, 0)) if isinstance(bias, Tensor) else bias
+
+    def _rows(self) -> RowMap | None:
+        """The rows that follow adapters of their own in the projections, if any do."""
+        for site in self.shared:
+            op = site.planned()
+            if op is not None and op.rows is not None:
+                rows: RowMap = op.rows
+                return rows
+        return None
 
     def _run(self, chain: int, query: Tensor, key: Tensor, args: Any, kwargs: Any) -> Any:
         self.runtime.put(self.place, chain)
