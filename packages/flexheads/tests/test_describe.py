@@ -27,7 +27,8 @@ def faults(name: str) -> list[str]:
     """What a proposal for a registered architecture has wrong or lacks."""
     model = tiny_model(name)
     backbone, inputs = model._attachment.backbone, tiny_inputs(model.config)
-    known, found = registry().architecture(name), describe(backbone, inputs).spec
+    known = registry().architecture(name).fitting(backbone.config)
+    found = describe(backbone, inputs).spec
     randomise(backbone, std=0.1)
     trace, wrong = Trace(backbone, inputs), []
     for layers in known.layers:

@@ -6,6 +6,7 @@ import importlib.metadata
 
 import pytest
 
+import flexheads
 from flexheads._registry import first_party
 from flexheads.errors import UnknownNameError
 from flexheads.plugins import load_registry
@@ -47,6 +48,19 @@ def test_others_are_a_guess_with_a_way_to_write_one(extras: None, model_type: st
     text = said(model_type)
     assert f"pip install flexheads-{model_type} (a guess)" in text
     assert "flexheads.describe(model)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("AcmeV2ModelWithHeads", "flexheads-acme"),
+        ("AcmeMiniModelWithHeads", "flexheads-acme-mini"),
+        ("CoyoteModelWithHeads", "flexheads-coyote"),
+    ],
+)
+def test_a_class_leads_to_a_package(extras: None, name: str, package: str) -> None:
+    with pytest.raises(ImportError, match=f"pip install {package} "):
+        getattr(flexheads, name)
 
 
 def test_the_packages_are_those_of_the_extras(extras: None) -> None:

@@ -107,15 +107,15 @@ def __getattr__(name: str) -> Any:
 
 
 def _with_heads(name: str) -> Any:
+    from flexheads._registry import package_for
     from flexheads.errors import UnknownNameError
     from flexheads.plugins import registry
 
     try:
         registry().with_heads(name)
     except UnknownNameError as error:
-        family = name.removesuffix("ModelWithHeads").lower()
         raise ImportError(
-            f"No installed package provides {name}. Try: pip install flexheads-{family}  "
+            f"No installed package provides {name}. Try: pip install {package_for(name)}  "
             "(or pip install 'flexheads[all]')"
         ) from error
     from flexheads.models.with_heads import with_heads_class

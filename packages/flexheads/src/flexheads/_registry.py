@@ -168,6 +168,13 @@ def _is_for(package: str, model_type: str) -> bool:
     return re.fullmatch(rf"(.*-)?{re.escape(family)}\d*(-.*)?", model_type) is not None
 
 
+def package_for(class_name: str) -> str:
+    """The package whose name a class with heads begins with; a guess where none of ours has it."""
+    word = class_name.removesuffix("ModelWithHeads").lower()
+    begins = [p for p in first_party() if word.startswith(p.partition("-")[2].replace("-", ""))]
+    return max(begins, key=len, default=f"{PROJECT}-{word}")
+
+
 def first_party() -> tuple[str, ...]:
     """The packages that the core's own extras name."""
     try:
