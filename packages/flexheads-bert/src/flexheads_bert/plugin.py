@@ -14,33 +14,52 @@ from flexheads import (
     hookimpl,
 )
 
+LAYER = LayerSpec(
+    path="encoder.layer",
+    when={"add_cross_attention": False},
+    attention=ResidualSite(
+        output="attention.output.dropout",
+        residual="attention",
+        norm="attention.output.LayerNorm",
+    ),
+    feed_forward=ResidualSite(
+        output="output.dropout", residual="intermediate", norm="output.LayerNorm"
+    ),
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention_output="attention.output.dense",
+    mlp_in="intermediate.dense",
+    mlp_out="output.dense",
+    self_attention="attention.self",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    adapterhub={"attention": "attention.output", "feed_forward": "output"},
+)
+
+# In a decoder that attends to an encoder too.
+WITH_CROSS_ATTENTION = replace(
+    LAYER,
+    when={"add_cross_attention": True},
+    cross_attention=ResidualSite(
+        output="crossattention.output.dropout",
+        residual="crossattention",
+        norm="crossattention.output.LayerNorm",
+    ),
+    cross_query="crossattention.self.query",
+    cross_key="crossattention.self.key",
+    cross_value="crossattention.self.value",
+    cross_attention_output="crossattention.output.dense",
+    encoder_attention="crossattention.self",
+    norms=(*LAYER.norms, "crossattention.output.LayerNorm"),
+    adapterhub={**LAYER.adapterhub, "cross_attention": "crossattention.output"},
+)
+
 BERT = ArchitectureSpec(
     name="bert",
     model_types=("bert",),
     backbone="transformers.models.bert.modeling_bert:BertModel",
     embeddings="embeddings",
-    layers=(
-        LayerSpec(
-            path="encoder.layer",
-            attention=ResidualSite(
-                output="attention.output.dropout",
-                residual="attention",
-                norm="attention.output.LayerNorm",
-            ),
-            feed_forward=ResidualSite(
-                output="output.dropout", residual="intermediate", norm="output.LayerNorm"
-            ),
-            query="attention.self.query",
-            key="attention.self.key",
-            value="attention.self.value",
-            attention_output="attention.output.dense",
-            mlp_in="intermediate.dense",
-            mlp_out="output.dense",
-            self_attention="attention.self",
-            norms=("attention.output.LayerNorm", "output.LayerNorm"),
-            adapterhub={"attention": "attention.output", "feed_forward": "output"},
-        ),
-    ),
+    layers=(LAYER, WITH_CROSS_ATTENTION),
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
     pooler=True,

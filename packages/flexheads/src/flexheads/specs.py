@@ -158,6 +158,8 @@ class ArchitectureSpec:
         pooling: What stands for the sequence where a head asks for one vector. None where there is
             no sequence of states that a head could read.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
+        composed: Whether the model is made of two others, which it holds as ``encoder`` and
+            ``decoder``; the sites are those of their architectures.
         decoder_starts_with: What the decoder's input begins with where it is made of labels or of
             the encoder's tokens: the start token of the configuration, or the last token of each
             row that is no padding, which tells the language.
@@ -180,7 +182,7 @@ class ArchitectureSpec:
     name: str
     model_types: tuple[str, ...]
     backbone: str
-    layers: tuple[LayerSpec, ...]
+    layers: tuple[LayerSpec, ...] = ()
     entry: Path | None = None
     embeddings: Path | None = None
     late_embeddings: Path | None = None
@@ -189,6 +191,7 @@ class ArchitectureSpec:
     inputs: Inputs = "tokens"
     pooling: Pooling | None = "first_token"
     pooler: bool = False
+    composed: bool = False
     decoder_starts_with: Literal["start_token", "last_token"] = "start_token"
     prompts: Literal["embeddings", "tokens"] | None = None
     fixed_positions_if: tuple[str, ...] = ()

@@ -270,6 +270,8 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
     module = registry().provider_of(spec).module
     base = next(c for c in backbone.__mro__ if c.__name__.endswith("PreTrainedModel"))
     body: dict[str, Any] = {
+        # What transformers asks a class for; some backbones differ from their family in it.
+        **{n: getattr(backbone, n) for n in dir(backbone) if n.startswith("_supports_")},
         "__module__": module.rpartition(".")[0] or module,
         "__qualname__": name,
         "__doc__": f"A `{backbone.__name__}` with named adapters and named prediction heads.",

@@ -19,6 +19,7 @@ from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import CALL, AttachedSite, compiled, input_embeddings
 from flexheads.sites.call import CallInputs
 from flexheads.sites.combine import combine
+from flexheads.sites.composed import fitted
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.finding import alternatives, find_layers, find_module, find_stack, first
 from flexheads.sites.hidden import AttachedHidden
@@ -65,8 +66,7 @@ class Attachment:
     def __init__(
         self, model: PreTrainedModel, backbone: PreTrainedModel, spec: ArchitectureSpec
     ) -> None:
-        spec.check(backbone.config)
-        self.spec = spec = spec.fitting(backbone.config)
+        self.spec = spec = fitted(spec, backbone)
         self.runtime = Runtime()
         self.model = model
         self.backbone: Any = backbone

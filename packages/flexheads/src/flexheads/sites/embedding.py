@@ -60,7 +60,10 @@ class AttachedEmbedding(AttachedSite):
         acts_on: str = "output",
     ) -> None:
         super().__init__(address, address, None, host, width, runtime)
-        self.output_embeddings, self.acts_on = output_embeddings, acts_on
+        # Those of a decoder of another size have nothing to do with these embeddings.
+        fits = getattr(output_embeddings, "in_features", width) == width
+        self.output_embeddings = output_embeddings if fits else None
+        self.acts_on = acts_on
 
     def needed(self, part: EmbeddingPart) -> frozenset[str]:
         return frozenset({"forward"} if self.output_embeddings is None else {"forward", "inverse"})

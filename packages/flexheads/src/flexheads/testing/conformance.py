@@ -201,7 +201,7 @@ def check_adapter(architecture: str, config: str) -> None:
 
 def _lacks(model: ModelWithHeads, config: str) -> bool:
     """Whether an architecture has no site of a kind that a configuration needs."""
-    fields, spec = load_config(config), model.spec
+    fields, spec = load_config(config), model._attachment.spec
     members = (fields, *getattr(fields, "configs", ()))
     if {role for own in members for role in getattr(own, "roles", ())} - spec.roles:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
         changes: Fields to set differently.
     """
     spec = registry().architecture(architecture)
-    config: PretrainedConfig = resolve(spec.backbone).config_class(**{**spec.tiny, **changes})
+    fields = copy.deepcopy({**spec.tiny, **changes})  # some configurations take from what they get
+    config: PretrainedConfig = resolve(spec.backbone).config_class(**fields)
     return config
 
 
@@ -68,6 +70,10 @@ def tiny_inputs(
     if spec.inputs == "tokens_and_pixels":
         images = _images(config.vision_config, batch, generator)
         return {**tiny_inputs(config.text_config, batch, length, seed), "pixel_values": images}
+    if spec.composed:
+        read = tiny_inputs(config.encoder, batch, length, seed)
+        config.decoder.decoder_start_token_id = config.decoder_start_token_id
+        return {**read, **_to_decode(config.decoder, batch, length, generator)}
     if spec.inputs == "features":
         shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
         features = torch.randn(shape, generator=generator)

@@ -1,0 +1,15 @@
+"""Encoder-decoder models for flexheads: adapters on two models that make one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["EncoderDecoderModelWithHeads"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from flexheads.models.with_heads import with_heads_class
+
+        return with_heads_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
