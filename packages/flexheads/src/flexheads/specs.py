@@ -98,7 +98,7 @@ class LayerSpec:
             cross-attention, from queries, keys and values.
         norms: The layer norms.
         folded: Whether some of these modules see the positions of all rows in one dimension,
-            ``(batch * sequence, ...)``.
+            ``(batch * sequence, ...)``, or the windows of images as rows.
         adapterhub: For files in the AdapterHub layout: site role to module path inside the layer.
             Roles that are not named use the first alternative of their own path. An attention
             role with ``.prefix`` behind it is what files call the prefixes of that attention.

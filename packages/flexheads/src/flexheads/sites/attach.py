@@ -19,7 +19,7 @@ from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import CALL, AttachedSite, compiled, input_embeddings
 from flexheads.sites.call import CallInputs
 from flexheads.sites.combine import combine
-from flexheads.sites.composed import fitted
+from flexheads.sites.composed import fitted, layer_width
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.finding import alternatives, find_layers, find_module, find_stack, first
 from flexheads.sites.hidden import AttachedHidden
@@ -192,7 +192,7 @@ class Attachment:
     ) -> Iterator[AttachedSite]:
         number, start = self.depth, f"layers.{self.depth}"
         config, runtime = self._config_for(layers.path), self.runtime
-        width = config.hidden_size
+        width = layer_width(layer, layers, config, owner)
         for role in RESIDUAL_ROLES:
             site: ResidualSite | None = getattr(layers, role)
             if site is not None:

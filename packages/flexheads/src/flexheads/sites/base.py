@@ -76,13 +76,17 @@ class AttachedSite(ABC):
         return (CALL,) if self.folded else ()
 
     def unfolded(self, tensor: Tensor) -> Tensor:
-        """What the module sees as ``(batch, sequence, ...)``, if that is folded into one."""
-        if not self.folded or tensor.dim() > 2:
+        """What the module sees as ``(batch, sequence, ...)``, if that is folded otherwise.
+
+        All positions may lie in one dimension, or the windows of an image among the rows.
+        """
+        if not self.folded:
             return tensor
-        call = self.runtime.peek(CALL)
-        given = call.get("input_ids")
-        given = call["inputs_embeds"] if given is None else given
-        return tensor.view(given.shape[0], -1, tensor.shape[-1])
+        call, names = self.runtime.peek(CALL), ("input_ids", "inputs_embeds", "pixel_values")
+        batch = next(call[name] for name in names if call.get(name) is not None).shape[0]
+        if tensor.dim() > 2 and tensor.shape[0] == batch:
+            return tensor
+        return tensor.reshape(batch, -1, tensor.shape[-1])
 
     def folded_as(self, given: Tensor, result: Tensor) -> Tensor:
         """The inverse of `unfolded`: a result in the shape that the module works in."""

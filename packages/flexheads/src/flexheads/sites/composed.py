@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from flexheads.plugins import registry
-from flexheads.sites.finding import alternatives
+from flexheads.sites.finding import alternatives, find_module, first
 from flexheads.specs import ArchitectureSpec, LayerSpec, Path, Side
 
 SIDES: tuple[Side, ...] = ("encoder", "decoder")
@@ -46,6 +48,17 @@ def fitted(spec: ArchitectureSpec, backbone: Any) -> ArchitectureSpec:
             if own.late_embeddings is not None:
                 changes["late_embeddings"] = _below(prefix, own.late_embeddings)
     return replace(spec, layers=tuple(layers), norms=tuple(norms), **changes)
+
+
+def layer_width(layer: nn.Module, layers: LayerSpec, config: Any, owner: str) -> int:
+    """The size of the hidden states in a layer.
+
+    In a list of lists of layers each list may have its own, which the norms tell.
+    """
+    if ".*." not in first(layers.path) or not layers.norms:
+        return int(config.hidden_size)
+    norm: Any = find_module(layer, layers.norms[0], owner)
+    return int(norm.weight.shape[0])
 
 
 def _side(backbone: Any, side: Side) -> tuple[ArchitectureSpec, str]:

@@ -206,7 +206,9 @@ def _lacks(model: ModelWithHeads, config: str) -> bool:
     if {role for own in members for role in getattr(own, "roles", ())} - spec.roles:
         return True
     if fields.tag == "prompt_tuning":
-        return spec.pooling is None or spec.fixed_positions(tiny_config(spec.name))
+        if spec.pooling is None or spec.embeddings is None:
+            return True
+        return spec.fixed_positions(model.config)
     if fields.tag == "trainable_tokens":
         two_sides = any(layers.side is not None for layers in spec.layers)
         return spec.inputs != "tokens" or two_sides
