@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from flexheads.models.with_heads import ModelWithHeads, with_heads_class
 from flexheads.plugins import registry, resolve
+from flexheads.specs import ArchitectureSpec
 
 
 def tiny_config(architecture: str, **changes: Any) -> PretrainedConfig:
@@ -85,6 +86,12 @@ def tiny_inputs(
             "input_values": torch.randn(batch, 400, generator=generator),
             "attention_mask": mask,
         }
+    return _tokens(spec, config, batch, length, generator)
+
+
+def _tokens(
+    spec: ArchitectureSpec, config: Any, batch: int, length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     ids = torch.randint(3, config.vocab_size, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
