@@ -40,8 +40,8 @@ class BnConfig(AdapterConfig):
         inv_adapter: ``"nice"`` (additive) or ``"glow"`` (affine) for an invertible adapter behind
             the embeddings.
         inv_adapter_reduction_factor: Reduction inside the invertible adapter.
-        inv_adapter_late: Where positions are added to the embeddings of tokens outside of them, as
-            in GPT-2, act behind that, as the `adapters` library does. Loading its files sets this.
+        inv_adapter_late: Where positions are added to the embeddings of tokens outside of that
+            module, act behind the sum, as the `adapters` library does; its files set this.
         cross_adapter: Adapt behind the cross-attention of decoder layers.
         leave_out: Numbers of the layers that get no adapter.
         dropout: Dropout on the output.

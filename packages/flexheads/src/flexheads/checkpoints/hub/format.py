@@ -33,6 +33,7 @@ from flexheads.checkpoints.hub.heads import HeadNames, modern_head_config
 from flexheads.checkpoints.hub.methods import adapter_names
 from flexheads.checkpoints.store import read_json, read_tensors, write_json, write_tensors
 from flexheads.errors import CheckpointError
+from flexheads.methods.config import load_config
 
 ADAPTER_CONFIG, HEAD_CONFIG = "adapter_config.json", "head_config.json"
 ADAPTER_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -144,7 +145,8 @@ class AdapterHubFormat(Format):
         if adapter is not None:
             config = hub_config(adapter.config, layout)
             content = envelope(bundle.adapter_from, adapter.name, config)
-            if config != dict(adapter.config):
+            read = load_config(modern_config(content, layout), tolerant=True)
+            if read != load_config(adapter.config):  # that library has no words for all of it
                 content["flexheads"]["config"] = dict(adapter.config)
             tensors = adapter_names(adapter.name, adapter.config, layout).write(adapter.tensors)
             write_json(directory / ADAPTER_CONFIG, content)
