@@ -77,3 +77,15 @@ FILES: dict[str, dict[str, Any]] = {
     **PREFIXES,
     **UNIONS,
 }
+
+
+OWN_FIELDS = {"rank_stabilized": False, "vera_dense": False, "inv_adapter_late": False}
+"""Fields that the peer does not have, and what they are where nobody sets them."""
+
+
+def shared_fields(config: Any) -> dict[str, Any]:
+    """A configuration of ours in the fields that the peer has too."""
+    fields = config.to_dict()
+    for own, usual in OWN_FIELDS.items():
+        assert fields.pop(own, usual) == usual
+    return fields
