@@ -139,12 +139,13 @@ def test_constraints_are_exact() -> None:
 def test_ci_runs_what_the_readme_says(sessions: dict[str, dict]) -> None:
     script = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
     assert "python -m pip install nox" in script
-    assert "python -m nox -s tests" in script
-    called = [line.split(" -s ")[1].strip('"') for line in script if " -s " in line]
+    assert any(line.startswith("python -m nox -s tests") for line in script)
+    commands = [line.partition("  #")[0] for line in script if " -s " in line]
+    called = [command.split(" -s ")[1].strip('"') for command in commands]
     known = set(sessions) | {session["name"] for session in sessions.values()}
     assert set(called) <= known
     row = [name for name in sessions if name.startswith("compat")]
-    assert {"lint", "types", row[0], row[-1], "alone", "golden", "numerics", "peer"} <= set(called)
+    assert {"lint", "types", row[0], "alone", "golden", "numerics", "peer"} <= set(called)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
