@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".nox"
@@ -90,10 +92,26 @@ def editable(*names: str) -> list[str]:
     return [part for name in names for part in ("--editable", str(MEMBERS[name]))]
 
 
+def fitting(transformers: str | None) -> list[str]:
+    """The members that work with a release of transformers; some need one that is newer."""
+    if transformers is None:
+        return list(MEMBERS)
+    release = transformers.replace("*", "0")
+    return [name for name in MEMBERS if all(s.contains(release) for s in _wanted(name))]
+
+
+def _wanted(member: str) -> list[SpecifierSet]:
+    """Which releases of transformers a member takes."""
+    project = nox.project.load_toml(MEMBERS[member] / "pyproject.toml")["project"]
+    requirements = map(Requirement, project["dependencies"])
+    return [each.specifier for each in requirements if each.name == "transformers"]
+
+
 def workspace(session: nox.Session, transformers: str | None = None) -> str:
-    """The environment with every member and the tools for tests; returns its Python."""
+    """The environment with the members and the tools for tests; returns its Python."""
     name = f"transformers-{transformers}" if transformers else "workspace"
-    return environment(session, name, [*editable(*MEMBERS), *TEST_TOOLS, *DEMO_TOOLS], transformers)
+    what = [*editable(*fitting(transformers)), *TEST_TOOLS, *DEMO_TOOLS]
+    return environment(session, name, what, transformers)
 
 
 def pytest(session: nox.Session, python: str, *args: str) -> None:
@@ -132,7 +150,8 @@ def compat(session: nox.Session, transformers: str) -> None:
     if transformers == NEWEST and sys.version_info < (3, 11):
         session.skip(f"transformers {NEWEST} needs Python 3.11.")
     python = workspace(session, None if transformers == NEWEST else transformers)
-    pytest(session, python, "-m", DEFAULT)
+    absent = [m for name, m in MEMBERS.items() if name not in fitting(transformers)]
+    pytest(session, python, "-m", DEFAULT, *(f"--ignore={folder}" for folder in absent))
 
 
 @nox.session(venv_backend="none")
@@ -193,5 +212,5 @@ def numerics(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def peer(session: nox.Session) -> None:
     """Compare with the adapters library itself, in one process."""
-    what = [*editable(*MEMBERS), *TEST_TOOLS, "adapters"]
-    pytest(session, environment(session, "peer", what, OLDEST), "-m", "peer")
+    what = [*editable(*fitting(OLDEST)), *TEST_TOOLS, "adapters"]
+    pytest(session, environment(session, "peer", what, OLDEST), "-m", "peer", "tests")

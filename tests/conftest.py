@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,12 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 def model(backbone_dir: str) -> Any:
     """A model with flexible heads on that backbone, before anything is added."""
     return BertModelWithHeads.from_pretrained(backbone_dir)
+
+
+@pytest.fixture
+def tested_release() -> None:
+    """For what is written from the transformers that constraints.txt names, and from all members."""
+    constraints = Path(__file__).parents[1] / "constraints.txt"
+    pins = re.findall(r"^transformers==([\w.]+)", constraints.read_text("utf-8"), re.MULTILINE)
+    if transformers.__version__ not in pins:
+        pytest.skip(f"written with transformers {pins[0]}")

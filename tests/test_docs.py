@@ -36,6 +36,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
         exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), scope)
 
 
+@pytest.mark.usefixtures("tested_release")
 def test_generated_parts_are_what_the_code_says() -> None:
     command = [sys.executable, str(ROOT / "tools" / "sync_docs.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -3,7 +3,10 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +26,7 @@ def test_the_tour_runs_as_it_stands(tmp_path, monkeypatch):
     assert (tmp_path / "topic-adapter" / "adapter.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("tested_release")
 def test_its_tables_are_what_the_registry_says():
     tool, page = ROOT / "tools" / "sync_docs.py", ROOT / "README.md"
     command = [sys.executable, str(tool), "--check", str(page)]
@@ -33,6 +37,8 @@ def test_its_tables_are_what_the_registry_says():
 def test_the_package_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for page in sorted((ROOT / "packages").glob("*/README.md")):
+        if find_spec(page.parent.name.replace("-", "_")) is None:
+            continue  # not for the installed transformers
         blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
         for block in blocks:
             exec(block, {})
