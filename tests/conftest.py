@@ -142,7 +142,7 @@ def model(backbone_dir: str) -> Any:
 
 @pytest.fixture
 def tested_release() -> None:
-    """For what is written from the transformers that constraints.txt names, and from all members."""
+    """For what is written from all members, on the transformers of constraints.txt."""
     constraints = Path(__file__).parents[1] / "constraints.txt"
     pins = re.findall(r"^transformers==([\w.]+)", constraints.read_text("utf-8"), re.MULTILINE)
     if transformers.__version__ not in pins:
