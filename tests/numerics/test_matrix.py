@@ -6,8 +6,8 @@ The yardstick is the same model with the same weights in single precision with e
 |---|---|
 | another attention implementation, single precision | 1e-5 |
 | bfloat16, either implementation | mean error below 4 % of the mean magnitude |
-| recomputed activations, both kinds: gradients | 1e-5 of the largest; in bfloat16 their direction,
-cosine above 0.999 (what several layers read adds up its gradients in another order) |
+| recomputed activations, both kinds: gradients | 1e-4 of the largest; in bfloat16 their direction,
+cosine above 0.99 (what several layers read adds up its gradients in another order) |
 | compiled whole (``fullgraph=True``) | 1e-6, in bfloat16 1e-2 |
 """
 
@@ -138,11 +138,11 @@ def check_same_gradients(actual: list[Tensor], expected: list[Tensor], dtype: st
     if dtype == "fp32":
         for got, wanted in zip(actual, expected, strict=True):
             size = wanted.abs().max().item()
-            torch.testing.assert_close(got, wanted, atol=1e-5 * size, rtol=0)
+            torch.testing.assert_close(got, wanted, atol=1e-4 * size, rtol=0)
         return
     got, wanted = (torch.cat([g.double().flatten() for g in each]) for each in (actual, expected))
     likeness = torch.nn.functional.cosine_similarity(got, wanted, dim=0).item()
-    assert likeness > 0.999, f"bfloat16 gradients point elsewhere: {likeness:.5f}"
+    assert likeness > 0.99, f"bfloat16 gradients point elsewhere: {likeness:.5f}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
