@@ -22,6 +22,10 @@ GOAL = 0.8
 
 NAMES = list(registry().architectures)
 
+needs_packages = pytest.mark.skipif(
+    len(registry().architectures) < 2, reason="needs packages of architectures"
+)
+
 
 def faults(name: str) -> list[str]:
     """What a proposal for a registered architecture has wrong or lacks."""
@@ -81,6 +85,7 @@ def _numbers(trace: Trace, layer: Any, site: ResidualSite, *, first: bool) -> li
     return [output.made, shown]
 
 
+@needs_packages
 # What one of the transformers models calls is on its way out of torch.
 @pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
 def test_most_registered_architectures_are_found_without_their_specification() -> None:
@@ -100,6 +105,7 @@ def test_the_source_makes_the_specification(name: str) -> None:
     assert max(map(len, repr(proposal).splitlines())) <= 100
 
 
+@needs_packages
 def test_the_model_stays_as_it_is() -> None:
     model = tiny_model(NAMES[0]).train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
