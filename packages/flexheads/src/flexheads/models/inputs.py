@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,11 +12,6 @@ from transformers import PretrainedConfig
 from flexheads.errors import ConfigError
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-
-
-def input_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a forward's arguments in order, without ``self``."""
-    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:

@@ -23,7 +23,7 @@ from flexheads.errors import (
 from flexheads.heads.base import label_names
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.files import reading
-from flexheads.models.inputs import input_names, repeat_rows
+from flexheads.models.inputs import repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.setups import SetupMixin
@@ -31,7 +31,7 @@ from flexheads.models.signature import signed
 from flexheads.models.static_heads import StaticHead
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
-from flexheads.sites.base import compiled
+from flexheads.sites.base import argument_names, compiled
 from flexheads.sites.finding import holds
 
 _ARGUMENTS = ("adapter_names", *ARGUMENTS)
@@ -280,7 +280,7 @@ def _with_adapters(original: Any) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "static_class": original,
-        "input_names": input_names(original.forward),
+        "input_names": argument_names(original.forward),
         "forward": signed(StaticModelMixin._planned_forward, original.forward, _ARGUMENTS),
     }
     if hasattr(original, "generate"):

@@ -19,7 +19,6 @@ from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
 from flexheads.models.inputs import (
     flatten_choices,
-    input_names,
     repeat_rows,
     with_decoder_inputs,
 )
@@ -29,6 +28,7 @@ from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import EMBEDDINGS, LATE_EMBEDDINGS, TOKENS
+from flexheads.sites.base import argument_names
 from flexheads.sites.embedding import undo_in_turn
 from flexheads.sites.prompt import POOLED
 from flexheads.specs import ArchitectureSpec
@@ -277,7 +277,7 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         "__doc__": f"A `{backbone.__name__}` with named adapters and named prediction heads.",
         "spec": spec,
         "backbone_class": backbone,
-        "input_names": input_names(backbone.forward),
+        "input_names": argument_names(backbone.forward),
         "config_class": backbone.config_class,
         # Some classes name no place where others hold them.
         "base_model_prefix": backbone.base_model_prefix or spec.prefixes[0],

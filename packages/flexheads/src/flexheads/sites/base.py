@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -179,6 +180,11 @@ def input_embeddings(module: Any) -> Any:
         return module.get_input_embeddings()
     except NotImplementedError:
         return None
+
+
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments in order, without ``self``."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def first_tensor(value: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.sites.base import CALL
+from flexheads.sites.base import CALL, argument_names
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import LayerSpec
@@ -59,7 +58,7 @@ class _Note:
 
     def __init__(self, runtime: Runtime, name: str, host: nn.Module) -> None:
         self.runtime, self.name = runtime, name
-        self.names = tuple(inspect.signature(type(host).forward).parameters)[1:]
+        self.names = argument_names(type(host).forward)
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not self.runtime.current().ops:

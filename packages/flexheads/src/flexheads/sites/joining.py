@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import EncoderDecoderCache
 
+from flexheads.sites.base import argument_names
+
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -23,7 +25,7 @@ def mechanism(host: nn.Module, has_projections: bool) -> tuple[str | None, tuple
         has_projections: Whether its key and value projections are known.
     """
     forward = inspect.unwrap(type(host).forward)
-    names = tuple(inspect.signature(forward).parameters)[1:]
+    names = argument_names(forward)
     if "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names and "position_bias" not in names:
         return "interface", names
     if any(word in names for word in CACHES):

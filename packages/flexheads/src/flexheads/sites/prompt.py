@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from flexheads.errors import UnsupportedError
 from flexheads.sites.base import (
     AttachedSite,
+    argument_names,
     first_argument,
     first_tensor,
     input_embeddings,
@@ -152,8 +152,10 @@ class AttachedPrompt(AttachedSite):
         super().__init__(PROMPT, PROMPT, None, embeddings or self.tokens, width, runtime)
         self.model, self.backbone, self.holder, self.encoder = model, backbone, holder, encoder
         self.behind_embeddings = embeddings is not None
-        self.names = _names(backbone)
-        self.encoder_names = () if encoder is None else _names(encoder)
+        self.names = argument_names(type(backbone).forward)
+        self.encoder_names = () if encoder is None else argument_names(type(encoder).forward)
+        self.host_names = argument_names(type(self.host).forward)
+        self.holder_names = argument_names(type(holder).forward)
         module = sys.modules[type(backbone).__module__]
         self.masks_late = hasattr(module, "create_bidirectional_mask")
         self.entered = False
@@ -173,7 +175,7 @@ class AttachedPrompt(AttachedSite):
             if self.holder is not self.backbone and not self.masks_late:
                 mask = self.holder.register_forward_pre_hook(self._before_layers, with_kwargs=True)
                 handles.append(mask)
-            if self.masks_late and "attention_mask" in _names(self.host):
+            if self.masks_late and "attention_mask" in self.host_names:
                 cut = self.host.register_forward_pre_hook(self._before_embeddings, with_kwargs=True)
                 handles.append(cut)
         if self.encoder is not None:
@@ -277,7 +279,7 @@ class AttachedPrompt(AttachedSite):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Embeddings that read the mask get that of their own tokens."""
         op: PromptOp | None = self.planned()
-        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.host_names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
         if op is None or mask is None or not self.runtime.peek(PROMPT):
             return None
@@ -296,7 +298,7 @@ class AttachedPrompt(AttachedSite):
         op: PromptOp | None = self.planned()
         if op is None or not self.runtime.peek(PROMPT):
             return None
-        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.holder_names, args, strict=False)), **kwargs}
         name = next((word for word in _MASKS if given.get(word) is not None), None)
         if name is None:
             return None
@@ -317,10 +319,6 @@ class AttachedPrompt(AttachedSite):
             given["attention_mask"] = op.mask(_flat(mask))
         given["inputs_embeds"], given["input_ids"] = op.join(embeds), None
         return (), given
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def _is_empty(cache: Any) -> bool:
