@@ -57,7 +57,7 @@ BART = ArchitectureSpec(
     embeddings="encoder.layernorm_embedding",
     layers=(ENCODER, DECODER),
     norms=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
-    pooling="last_eos",
+    pooling="eos",
     adapterhub={"embeddings": "encoder"},
     tiny={
         "d_model": 32,

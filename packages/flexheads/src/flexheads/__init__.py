@@ -38,7 +38,7 @@ _LAZY = {
     "DoubleSeqBnInvConfig": "flexheads.methods.bottleneck_config",
     "DvoRAConfig": "flexheads.methods.lora",
     "DynamicAdapterFusionConfig": "flexheads.methods.fusion",
-    "Features": "flexheads.heads.base",
+    "Features": "flexheads.heads.features",
     "FlexheadsError": "flexheads.errors",
     "Fuse": "flexheads.composition",
     "IA3Config": "flexheads.methods.lora",

@@ -40,6 +40,11 @@ class Config(Mapping[str, Any]):
     def _names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(cls))
 
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        """What a field has where nothing is said."""
+        return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written into files."""
         return {name: plain(getattr(self, name)) for name in self._names()}

@@ -15,10 +15,10 @@ Alternatives are how one package serves several transformers releases. A path wh
 the AdapterHub files of 2020 to 2026 name comes first.
 """
 
-Pooling = Literal["first_token", "last_token", "last_eos", "mean", "pooler"]
+Pooling = Literal["first_token", "last_token", "eos", "mean", "pooler"]
 """What stands for a sequence: the first token, the last one that is no padding, the last one that
 is the end-of-sequence token, the mean over all that are no padding, or what the model itself says
-(``pooler_output``)."""
+(``pooler_output``). Heads can choose among more, see `flexheads.heads.config.POOLINGS`."""
 
 Inputs = Literal["tokens", "pixels", "tokens_and_pixels", "features", "waveform"]
 """What a model reads; features of sound, or the sound itself."""

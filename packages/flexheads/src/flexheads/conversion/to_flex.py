@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
 from flexheads.conversion.rules import covers, flexible_tensors
 from flexheads.errors import CheckpointError
-from flexheads.heads.base import LabelledConfig
+from flexheads.heads.config import LabelledConfig
 from flexheads.plugins import registry, resolve
 from flexheads.specs import HeadConversion, HeadRule, Path
 

@@ -77,6 +77,8 @@ def _check(
         **{key: getattr(model_config, str(path), None) for key, path in rule.config_from.items()},
     }
     wanted.pop("dropout_prob", None)  # the class has its own
+    for name in {"pooling", "hidden_layer", "layer_norm"} & set(config):
+        wanted.setdefault(name, head_class.config_class._default(name))
     # An activation or a pooler between layers that do not exist changes nothing.
     skip = {"activation_function"} if config.get("layers") == wanted.get("layers") == 1 else set()
     differing = [

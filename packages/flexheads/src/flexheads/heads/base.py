@@ -1,182 +1,23 @@
-"""What every head has in common: its configuration, its features, and its place in files."""
+"""What every head has in common: its configuration, how it reads features, its place in files."""
 
 from __future__ import annotations
 
-import dataclasses
-import operator
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
-from flexheads.configs import Config
-from flexheads.errors import ConfigError, LabelError, UnsupportedError
-from flexheads.heads.pooling import pool
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class HeadConfig(Config):
-    """Base configuration of heads.
-
-    Attributes:
-        dropout_prob: Dropout inside the head; None takes the model's own value.
-    """
-
-    dropout_prob: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_labels", "num_choices", "layers"):
-            value = self.get(name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name}={value!r} should be a whole number, at least 1.")
-        function, dropout = self.get("activation_function"), self.dropout_prob
-        if not isinstance(function, str | None):
-            raise ConfigError(f"activation_function={function!r} should be a name, or None.")
-        if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout <= 1):
-            raise ConfigError(f"dropout_prob={dropout!r} should be a number from 0 to 1.")
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LabelledConfig(HeadConfig):
-    """Configuration of a head with named labels.
-
-    Attributes:
-        num_labels: Size of the output.
-        label2id: The name of each label, to its number.
-        layers: Number of linear layers.
-        activation_function: Activation between them, or None.
-    """
-
-    num_labels: int
-    label2id: Mapping[str, int] | None = None
-    layers: int = 1
-    activation_function: str | None = "tanh"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self.label2id, self.num_labels)
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """The name of each label by its number; ``LABEL_0`` and so on where none was given."""
-        if self.label2id is None:
-            return {number: f"LABEL_{number}" for number in range(self.num_labels)}
-        return {
-            number: label for label, number in sorted(self.label2id.items(), key=lambda i: i[1])
-        }
-
-
-class Features:
-    """What a head sees of one forward pass.
-
-    Attributes:
-        hidden: The last hidden state, ``(batch, sequence, hidden)``.
-        pooler_output: The trained pooler's result, ``(batch, hidden)``, or None.
-        attention_mask: ``(batch, sequence)``, or None.
-        input_ids: ``(batch, sequence)``, or None.
-        pooling: What stands for the sequence, see `flexheads.specs.Pooling`.
-        pad, eos: The token ids that pad and that end a sequence, or None.
-        scale: What language-model heads multiply the hidden states by.
-        choices: Choices per example where the input was ``(batch, choices, sequence)``, or None.
-        embeddings: The weight of the input embeddings, ``(vocabulary, embedding size)``.
-        undo: The inverse of the invertible adapters that were active.
-        rescore: Corrects scores from the embeddings for tokens whose rows an adapter replaces.
-        output: The backbone's whole output.
-        first: Where a prompt stands before the input, the state at the first position of both:
-            `pooled` reads it, as the poolers of models do.
-    """
-
-    def __init__(
-        self,
-        output: Any,
-        *,
-        pooling: str | None = "first_token",
-        pad: int | None = None,
-        eos: int | None = None,
-        scale: float = 1.0,
-        attention_mask: Tensor | None = None,
-        input_ids: Tensor | None = None,
-        choices: int | None = None,
-        embeddings: Tensor | None = None,
-        undo: Callable[[Tensor], Tensor] | None = None,
-        rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
-        first: Tensor | None = None,
-    ) -> None:
-        self.output, self.pooling = output, pooling
-        self.pad, self.eos, self.scale = pad, eos, scale
-        self.hidden: Tensor = output.last_hidden_state
-        self.pooler_output: Tensor | None = output.get("pooler_output")
-        self.attention_mask, self.input_ids = attention_mask, input_ids
-        self.choices, self.embeddings = choices, embeddings
-        self.undo = undo or (lambda hidden: hidden)
-        self.rescore = rescore or (lambda hidden, logits: logits)
-        self._first = first
-        self._pooled = first if pooling == "first_token" else None
-
-    def pooled(self, use_pooler: bool = False) -> Tensor:
-        """One vector per row: ``(batch, hidden)``.
-
-        Args:
-            use_pooler: Take the trained pooler's result instead of the token's hidden state.
-
-        Raises:
-            UnsupportedError: If the model has no pooler, or the tokens that tell where the
-                sequence ends were not given.
-        """
-        if use_pooler:
-            if self.pooler_output is None:
-                raise UnsupportedError(
-                    "This model has no trained pooler; add the head with use_pooler=False."
-                )
-            return self.pooler_output
-        if self._pooled is None:
-            self._pooled = pool(self)
-        return self._pooled
-
-    @property
-    def scaled(self) -> Tensor:
-        """The hidden states as language-model heads read them."""
-        return self.hidden if self.scale == 1.0 else self.hidden * self.scale
-
-    def select(
-        self,
-        take: Callable[[Tensor], Tensor],
-        undo: Callable[[Tensor], Tensor] | None,
-        rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Features:
-        """The features of some rows only.
-
-        Args:
-            take: Picks those rows of a tensor.
-            undo: The inverse of the invertible adapters of those rows.
-            rescore: The correction of scores for the adapters of those rows.
-        """
-        rows = self.hidden.shape[0]
-
-        def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
-                return take(value)
-            return tuple(map(cut, value)) if isinstance(value, tuple) else value
-
-        output = type(self.output)(**{key: cut(value) for key, value in self.output.items()})
-        return Features(
-            output,
-            pooling=self.pooling,
-            pad=self.pad,
-            eos=self.eos,
-            scale=self.scale,
-            attention_mask=cut(self.attention_mask),
-            input_ids=cut(self.input_ids),
-            choices=self.choices,
-            embeddings=self.embeddings,
-            undo=undo,
-            rescore=rescore,
-            first=cut(self._first),
-        )
+from flexheads.errors import UnsupportedError
+from flexheads.heads.config import FeedForwardConfig, HeadConfig, PooledConfig
+from flexheads.heads.features import Features
+from flexheads.heads.labels import InputShape
+from flexheads.heads.layers import AttentionPooling, LayerMix, Stacked
+from flexheads.heads.losses import ONE_OF_MANY, Loss, loss_function
+from flexheads.heads.pooling import WIDTHS, real_positions
+from flexheads.heads.source import Source
 
 
 class PredictionHead(nn.Module):
@@ -203,6 +44,19 @@ class PredictionHead(nn.Module):
         self.hidden_size = int(model_config.hidden_size)
         self.initializer_range = float(getattr(model_config, "initializer_range", 0.02))
         self.dropout_prob = _dropout(config, model_config)
+        if config.hidden_layer == "mix":
+            self.mix = LayerMix(_depth(model_config) + 1)
+        self.loss: Loss = loss_function(config.loss, self.losses, self.num_outputs)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses that make sense for it, by name; the first is its own."""
+        return ONE_OF_MANY
+
+    @property
+    def num_outputs(self) -> int:
+        """How many scores it gives, of each sequence or each token."""
+        return 1
 
     @abstractmethod
     def forward(self, features: Features, **labels: Any) -> ModelOutput:
@@ -215,6 +69,35 @@ class PredictionHead(nn.Module):
         Returns:
             The transformers output class of this type.
         """
+
+    def view(self, features: Features) -> Features:
+        """The features as this head reads them: those of its hidden layer."""
+        layer = self.config.hidden_layer
+        return features.at(self.mix if layer == "mix" else layer)
+
+    def check_labels(self, labels: Mapping[str, Any], shape: InputShape) -> None:
+        """Refuses labels that cannot be, before the backbone runs.
+
+        Args:
+            labels: The arguments that `label_names` names, as far as they were given.
+            shape: The shape of the inputs that they belong to.
+
+        Raises:
+            LabelError: If their dtype, shape or values are wrong; see `flexheads.heads.labels`.
+        """
+
+    def decode(self, output: Any, source: Source | None = None, **options: Any) -> list[Any]:
+        """What the scores mean to a person: plain values, one for each row.
+
+        Args:
+            output: What `forward` returned.
+            source: The inputs as people know them.
+            options: The type's own options.
+
+        Raises:
+            UnsupportedError: If the type has nothing to say, or needs what `source` lacks.
+        """
+        raise UnsupportedError(f"Heads of type {self.head_type!r} do not decode.")
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written into files, with its ``head_type``."""
@@ -232,92 +115,75 @@ class PredictionHead(nn.Module):
         return f"{self.name!r}, {self.head_type}"
 
 
-class Stacked(nn.Module):
-    """Linear layers with dropout before each and an activation between them.
+class FeedForwardHead(PredictionHead):
+    """A head of linear layers: `read` the features, `layers` over them, `finish` with the scores.
 
-    Args:
-        sizes: Sizes from the input to the output; one layer between each two.
-        activation: The activation, or None.
-        dropout: Dropout probability.
-        bias: Whether the last layer has a bias.
+    A type needs `num_outputs` and `finish`, and `read` where it reads other than every token.
+    Heads of one shape can then run as one product.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], activation: nn.Module | None, dropout: float, bias: bool = True
-    ) -> None:
-        super().__init__()
-        last = len(sizes) - 2
-        for number, (inputs, outputs) in enumerate(pairwise(sizes)):
-            self.add_module(str(number), nn.Linear(inputs, outputs, bias=bias or number < last))
-        self.depth = len(sizes) - 1
-        self.activation = activation
-        self.dropout = nn.Dropout(dropout)
+    config_class: ClassVar[type[FeedForwardConfig]]
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Maps ``(..., sizes[0])`` to ``(..., sizes[-1])``."""
-        for number in range(self.depth):
-            hidden = self.get_submodule(str(number))(self.dropout(hidden))
-            if self.activation is not None and number < self.depth - 1:
-                hidden = self.activation(hidden)
-        return hidden
+    def __init__(self, name: str, config: Any, model_config: PretrainedConfig) -> None:
+        super().__init__(name, config, model_config)
+        width = self.hidden_size * self.width
+        sizes = [width] + [self.hidden_size] * (config.layers - 1) + [self.num_outputs]
+        self.layers = Stacked(sizes, config, self.dropout_prob, norm_eps(model_config))
+        self.initialise()
 
+    @property
+    def width(self) -> int:
+        """The size of what it reads, in hidden sizes."""
+        return 1
 
-def check_names(label2id: Mapping[str, int] | None, count: int) -> None:
-    """Refuses label names that do not name each of `count` numbers once.
+    @property
+    def num_outputs(self) -> int:
+        return int(self.config.num_labels)
 
-    Raises:
-        ConfigError: If they do not.
-    """
-    if label2id is not None and sorted(label2id.values()) != list(range(count)):
-        raise ConfigError(
-            f"There are {count} labels or choices, but their names are numbered "
-            f"{sorted(label2id.values())}: name every number below {count} once."
-        )
+    def read(self, features: Features) -> Tensor:
+        """What the first layer gets: every token, ``(batch, sequence, hidden)``."""
+        return features.hidden
 
+    def forward(self, features: Features, **labels: Any) -> Any:
+        return self.finish(self.layers(self.read(features)), features, **labels)
 
-def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> dict[str, Any]:
-    """The configuration fields ``num_labels`` and ``label2id`` from what users give.
+    @abstractmethod
+    def finish(self, scores: Tensor, features: Features, **labels: Any) -> Any:
+        """The output of scores, and the loss where labels are given; see `forward`.
 
-    Args:
-        num_labels: Number of labels; None takes it from the names, or else 2.
-        id2label: Name of each label by number.
-
-    Raises:
-        LabelError: If two labels share a name, numbers are left out, the two arguments contradict
-            each other, or they are no number and no mapping.
-    """
-    try:
-        count = None if num_labels is None else operator.index(num_labels)
-        by_number = None if id2label is None else {int(n): id2label[n] for n in id2label}
-    except (TypeError, ValueError, IndexError) as error:
-        raise LabelError(
-            f"num_labels={num_labels!r} should be a number, and id2label={id2label!r} a mapping of "
-            "numbers to names."
-        ) from error
-    if by_number is None:
-        count = 2 if count is None else count
-        return {"num_labels": count, "label2id": {f"LABEL_{i}": i for i in range(count)}}
-    names = list(by_number.values())
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise LabelError(
-            f"id2label gives the names {repeated} to several labels; make them unique."
-        )
-    if count is not None and count != len(names):
-        raise LabelError(
-            f"num_labels={count}, but id2label names {len(names)} labels; leave one out."
-        )
-    numbers = {name: number for number, name in by_number.items()}
-    if sorted(numbers.values()) != list(range(len(names))):
-        raise LabelError(
-            f"id2label numbers the labels {sorted(numbers.values())}; name every number below "
-            f"{len(names)} once."
-        )
-    return {"num_labels": len(names), "label2id": numbers}
+        Args:
+            scores: What the last layer gives.
+            features: What the backbone computed.
+            labels: The labels.
+        """
 
 
-def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the last dimension; labels of -100 do not count."""
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+class PooledHead(FeedForwardHead):
+    """A head of linear layers over one vector for the sequence."""
+
+    config_class: ClassVar[type[PooledConfig]]
+
+    def __init__(self, name: str, config: Any, model_config: PretrainedConfig) -> None:
+        super().__init__(name, config, model_config)
+        if config.pooled_by == "attention":
+            self.pool = AttentionPooling(self.hidden_size)
+
+    @property
+    def width(self) -> int:
+        return WIDTHS.get(self.config.pooled_by, 1)
+
+    def read(self, features: Features) -> Tensor:
+        """What the first layer gets: the pooled vector, ``(batch, hidden)``."""
+        if self.config.pooled_by == "attention":
+            pooled: Tensor = self.pool(features.hidden, real_positions(features))
+            return pooled
+        return features.pooled(self.config.pooled_by)
+
+
+def norm_eps(model_config: PretrainedConfig) -> float:
+    """The epsilon of the model's own layer norms."""
+    names = ("layer_norm_eps", "norm_eps")
+    return next((float(getattr(model_config, n)) for n in names if hasattr(model_config, n)), 1e-12)
 
 
 def _dropout(config: HeadConfig, model_config: PretrainedConfig) -> float:
@@ -326,13 +192,9 @@ def _dropout(config: HeadConfig, model_config: PretrainedConfig) -> float:
     return float(next(value for value in values if value is not None))
 
 
-__all__ = [
-    "Features",
-    "HeadConfig",
-    "LabelledConfig",
-    "PredictionHead",
-    "Stacked",
-    "check_names",
-    "classification_loss",
-    "label_names",
-]
+def _depth(model_config: PretrainedConfig) -> int:
+    """Layers behind the hidden states that heads read; the decoder's where there is one."""
+    two_sides = getattr(model_config, "is_encoder_decoder", False)
+    names = ["decoder_layers", "num_decoder_layers"] if two_sides else []
+    names.append("num_hidden_layers")
+    return int(next(getattr(model_config, name) for name in names if hasattr(model_config, name)))

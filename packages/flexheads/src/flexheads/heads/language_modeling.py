@@ -14,7 +14,9 @@ from transformers.utils.generic import ModelOutput
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError
-from flexheads.heads.base import Features, HeadConfig, PredictionHead, classification_loss
+from flexheads.heads.base import PredictionHead, norm_eps
+from flexheads.heads.config import HeadConfig
+from flexheads.heads.features import Features
 from flexheads.heads.outputs import head_output
 
 
@@ -91,10 +93,7 @@ class LanguageModelHead(PredictionHead):
     ) -> None:
         config = config.completed(model_config)
         super().__init__(name, config, model_config)
-        named = ("layer_norm_eps", "norm_eps")
-        eps = next(
-            (float(getattr(model_config, n)) for n in named if hasattr(model_config, n)), 1e-12
-        )
+        eps = norm_eps(model_config)
         width, vocabulary = int(config.embedding_size or 0), int(config.vocab_size or 0)
         self.layers = nn.ModuleList(
             _Transform(self.hidden_size if number == 0 else width, config, eps)
@@ -105,6 +104,10 @@ class LanguageModelHead(PredictionHead):
             nn.init.normal_(self.weight, std=self.initializer_range)
         self.bias = nn.Parameter(torch.zeros(vocabulary)) if config.bias else None
         self.initialise()
+
+    @property
+    def num_outputs(self) -> int:
+        return int(self.config.vocab_size)
 
     def forward(self, features: Features, **labels: Any) -> ModelOutput:
         """See `PredictionHead.forward`; ``labels`` is ``(batch, sequence)``, -100 not counted."""
@@ -123,7 +126,7 @@ class LanguageModelHead(PredictionHead):
         given, loss = labels.get("labels"), None
         if given is not None:
             end = logits.shape[1] - self.shift
-            loss = classification_loss(logits[:, :end], given[:, self.shift :])
+            loss = self.loss(logits[:, :end], given[:, self.shift :])
         output: ModelOutput = head_output(
             self.output_class, features.output, loss=loss, logits=logits
         )

@@ -1,7 +1,8 @@
-"""One vector for a sequence: where it is read, by the architecture's kind of pooling."""
+"""One vector for a sequence: where it is read, by the kind of pooling."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,33 +12,28 @@ from torch.nn import functional
 from flexheads.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from flexheads.heads.base import Features
+    from flexheads.heads.features import Features
 
 
-def pool(features: Features) -> Tensor:
+def pool(features: Features, kind: str) -> Tensor:
     """The vector of each row, ``(batch, hidden)``, of `flexheads.heads.Features`.
 
+    Args:
+        features: The features.
+        kind: ``first_token``; ``last_token``, the last that is no padding, on whichever side that
+            is; ``eos``, the last end-of-sequence token; ``mean`` and ``max`` over all that are no
+            padding; ``pooler``, what the model's trained pooler gives; for images ``patch_mean``
+            over all but the first position, and ``first_token_and_patch_mean``, both in one
+            vector of twice the size.
+
     Raises:
-        UnsupportedError: If the tokens that tell where the sequence ends were not given, or some
-            row has no end-of-sequence token.
+        UnsupportedError: If the model has no pooler, the tokens that tell where the sequence ends
+            were not given, or some row has no end-of-sequence token.
     """
-    hidden = features.hidden
-    if features.pooling == "first_token":
-        return hidden[:, 0]
-    if features.pooling == "pooler":
-        return features.pooled(use_pooler=True)
-    if features.pooling == "last_eos":
-        return _last(hidden, _ends(features))
-    real = _real(features)
-    if features.pooling == "last_token":
-        return hidden[:, -1] if real is None else _last(hidden, real)
-    if real is None:
-        return hidden.mean(dim=1)
-    weights = real.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+    return _POOLS[kind](features)
 
 
-def _real(features: Features) -> Tensor | None:
+def real_positions(features: Features) -> Tensor | None:
     """Which positions are no padding, ``(batch, sequence)``; None where nothing tells."""
     mask, ids, length = features.attention_mask, features.input_ids, features.hidden.shape[1]
     if mask is not None and mask.dim() == 2:
@@ -48,6 +44,66 @@ def _real(features: Features) -> Tensor | None:
         return None
     # In a generation step only the last positions are at hand; a prompt puts some in front.
     return functional.pad(mask[:, -length:], (max(0, length - mask.shape[1]), 0), value=True)
+
+
+def _first_token(features: Features) -> Tensor:
+    return features.hidden[:, 0]
+
+
+def _pooler(features: Features) -> Tensor:
+    if features.pooler_output is None:
+        raise UnsupportedError(
+            "This model has no trained pooler that reads the layer of this head; add the head with "
+            "another pooling, or use_pooler=False."
+        )
+    return features.pooler_output
+
+
+def _last_token(features: Features) -> Tensor:
+    real = real_positions(features)
+    return features.hidden[:, -1] if real is None else _last(features.hidden, real)
+
+
+def _eos(features: Features) -> Tensor:
+    return _last(features.hidden, _ends(features))
+
+
+def _mean(features: Features) -> Tensor:
+    real, hidden = real_positions(features), features.hidden
+    if real is None:
+        return hidden.mean(dim=1)
+    weights = real.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
+def _max(features: Features) -> Tensor:
+    real, hidden = real_positions(features), features.hidden
+    if real is not None:
+        hidden = hidden.masked_fill(~real.unsqueeze(-1), torch.finfo(hidden.dtype).min)
+    return hidden.amax(dim=1)
+
+
+def _patch_mean(features: Features) -> Tensor:
+    return features.hidden[:, 1:].mean(dim=1)
+
+
+def _first_token_and_patch_mean(features: Features) -> Tensor:
+    return torch.cat([_first_token(features), _patch_mean(features)], dim=-1)
+
+
+_POOLS: Mapping[str, Callable[[Features], Tensor]] = {
+    "first_token": _first_token,
+    "pooler": _pooler,
+    "last_token": _last_token,
+    "eos": _eos,
+    "mean": _mean,
+    "max": _max,
+    "patch_mean": _patch_mean,
+    "first_token_and_patch_mean": _first_token_and_patch_mean,
+}
+
+WIDTHS: Mapping[str, int] = {"first_token_and_patch_mean": 2}
+"""How many times the hidden size a kind of pooling gives, where it is not once."""
 
 
 def _ends(features: Features) -> Tensor:

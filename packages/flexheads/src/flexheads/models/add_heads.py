@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flexheads.heads.base import label_names
-from flexheads.models.head_methods import HeadsMixin
+from flexheads.heads.config import label_names
+from flexheads.models.add_media_heads import AddMediaHeadsMixin
+from flexheads.models.add_sequence_heads import AddSequenceHeadsMixin
+from flexheads.models.add_token_heads import AddTokenHeadsMixin
 
 
-class AddHeadsMixin(HeadsMixin):
+class AddHeadsMixin(AddSequenceHeadsMixin, AddTokenHeadsMixin, AddMediaHeadsMixin):
     """One method for each built-in head type; `add_head` serves every installed one.
 
     They share these arguments: `head_name` (any string), `num_labels` (None takes it from
     `id2label`, or else 2), `layers`, `activation_function` (between layers, or None),
     `overwrite_ok` (replace a head of that name), `id2label` (names of the labels by number),
     `use_pooler` (read the trained pooler), `bias` (of the last layer) and `dropout_prob` (None is
-    the model's own). The new head becomes the active one unless `set_active` is false.
+    the model's own). The new head becomes the active one unless `set_active` is false. `further`
+    are more fields of the type's configuration, such as `pooling`, `hidden_layer`, `layer_norm`
+    and `loss`; see `flexheads.heads.config`.
 
     All raise `ConfigError` for a name that is taken or a value that cannot be, and `LabelError`
     for label names that contradict `num_labels`.
@@ -35,6 +39,7 @@ class AddHeadsMixin(HeadsMixin):
         bias: bool = True,
         dropout_prob: float | None = None,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds sequence classification; one label is regression, `multilabel` is any number."""
         self.add_head(
@@ -48,6 +53,7 @@ class AddHeadsMixin(HeadsMixin):
             use_pooler=use_pooler,
             bias=bias,
             dropout_prob=dropout_prob,
+            **further,
         )
 
     def add_multiple_choice_head(
@@ -61,6 +67,7 @@ class AddHeadsMixin(HeadsMixin):
         use_pooler: bool = False,
         dropout_prob: float | None = None,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds multiple choice; `num_choices` counts for inputs that come flat."""
         named = num_choices is not None or id2label is not None
@@ -76,6 +83,7 @@ class AddHeadsMixin(HeadsMixin):
             activation_function=activation_function,
             use_pooler=use_pooler,
             dropout_prob=dropout_prob,
+            **further,
         )
 
     def add_tagging_head(
@@ -88,11 +96,12 @@ class AddHeadsMixin(HeadsMixin):
         id2label: Mapping[int, str] | None = None,
         dropout_prob: float | None = None,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds token classification."""
         config = label_names(num_labels, id2label)
         config |= {"layers": layers, "activation_function": activation_function}
-        config |= {"dropout_prob": dropout_prob}
+        config |= {"dropout_prob": dropout_prob, **further}
         self.add_head(head_name, "tagging", overwrite_ok, set_active, **config)
 
     def add_qa_head(
@@ -105,11 +114,12 @@ class AddHeadsMixin(HeadsMixin):
         id2label: Mapping[int, str] | None = None,
         dropout_prob: float | None = None,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds extractive question answering; the two outputs are start and end."""
         config = label_names(num_labels, id2label)
         config |= {"layers": layers, "activation_function": activation_function}
-        config |= {"dropout_prob": dropout_prob}
+        config |= {"dropout_prob": dropout_prob, **further}
         self.add_head(head_name, "question_answering", overwrite_ok, set_active, **config)
 
     def add_masked_lm_head(
@@ -119,10 +129,11 @@ class AddHeadsMixin(HeadsMixin):
         layers: int = 2,
         overwrite_ok: bool = False,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds masked language modelling, on the model's own embeddings where those are tied."""
         self._add_lm_head(
-            head_name, "masked_lm", activation_function, layers, overwrite_ok, set_active
+            head_name, "masked_lm", activation_function, layers, overwrite_ok, set_active, further
         )
 
     def add_causal_lm_head(
@@ -132,10 +143,11 @@ class AddHeadsMixin(HeadsMixin):
         layers: int = 2,
         overwrite_ok: bool = False,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds causal language modelling, on the model's own embeddings where those are tied."""
         self._add_lm_head(
-            head_name, "causal_lm", activation_function, layers, overwrite_ok, set_active
+            head_name, "causal_lm", activation_function, layers, overwrite_ok, set_active, further
         )
 
     def add_seq2seq_lm_head(
@@ -144,9 +156,10 @@ class AddHeadsMixin(HeadsMixin):
         layers: int = 1,
         overwrite_ok: bool = False,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds language modelling on a decoder, on the model's embeddings where those are tied."""
-        self.add_head(head_name, "seq2seq_lm", overwrite_ok, set_active, layers=layers)
+        self.add_head(head_name, "seq2seq_lm", overwrite_ok, set_active, layers=layers, **further)
 
     def add_image_classification_head(
         self,
@@ -161,6 +174,7 @@ class AddHeadsMixin(HeadsMixin):
         bias: bool = True,
         dropout_prob: float | None = None,
         set_active: bool = True,
+        **further: Any,
     ) -> None:
         """Adds image classification; one label is regression, `multilabel` is any number."""
         self.add_head(
@@ -175,6 +189,7 @@ class AddHeadsMixin(HeadsMixin):
             use_pooler=use_pooler,
             bias=bias,
             dropout_prob=dropout_prob,
+            **further,
         )
 
     def _add_lm_head(
@@ -185,6 +200,8 @@ class AddHeadsMixin(HeadsMixin):
         layers: int,
         overwrite_ok: bool,
         set_active: bool,
+        further: Mapping[str, Any],
     ) -> None:
         fields: dict[str, Any] = {"activation_function": activation_function, "layers": layers}
+        fields |= further
         self.add_head(head_name, head_type, overwrite_ok, set_active, **fields)

@@ -13,7 +13,8 @@ from flexheads.checkpoints.transfer import fill
 from flexheads.composition import Block, Setup
 from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
-from flexheads.heads.base import LabelledConfig, PredictionHead, label_names
+from flexheads.heads.base import PredictionHead
+from flexheads.heads.config import LabelledConfig, label_names
 from flexheads.models.container import NamedModules
 from flexheads.models.files import reading
 from flexheads.models.setups import SetupMixin

@@ -20,7 +20,7 @@ from flexheads.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from flexheads.heads.base import label_names
+from flexheads.heads.config import label_names
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.files import reading
 from flexheads.models.inputs import repeat_rows

@@ -10,8 +10,8 @@ from torch import nn
 
 from flexheads.checkpoints.bundle import SavedStaticHead
 from flexheads.errors import CheckpointError
-from flexheads.heads.base import label_names
 from flexheads.heads.classification import ProblemType
+from flexheads.heads.config import label_names
 from flexheads.models.container import NamedModules
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flexheads.composition import Setup
-from flexheads.errors import LabelError, UnknownNameError, UnsupportedError
-from flexheads.heads.base import Features
+from flexheads.errors import UnsupportedError
+from flexheads.heads.features import Features
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.add_heads import AddHeadsMixin
 from flexheads.models.averaging import AveragingMixin
@@ -22,6 +22,7 @@ from flexheads.models.inputs import (
     repeat_rows,
     with_decoder_inputs,
 )
+from flexheads.models.labels import USUAL, Labels, labels_by_route, take_labels
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.signature import signed
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
@@ -33,8 +34,7 @@ from flexheads.sites.embedding import undo_in_turn
 from flexheads.sites.prompt import POOLED
 from flexheads.specs import ArchitectureSpec
 
-_LABELS = ("labels", "start_positions", "end_positions")
-_ARGUMENTS = (*_LABELS, "adapter_names", "head", "return_dict", *ARGUMENTS)
+_ARGUMENTS = (*USUAL, "adapter_names", "head", "return_dict", *ARGUMENTS)
 
 
 class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
@@ -117,26 +117,45 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             return with_scores(self, asked, lambda: self.forward(*args, **how, **kwargs))
         plan = self._call_plan(adapter_names, head)
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
-        labels = {name: inputs.pop(name) for name in self._label_names(plan) if name in inputs}
-        labels = self._labels_by_head(plan, {k: v for k, v in labels.items() if v is not None})
+        labels = take_labels(inputs, plan, self.heads)
         if getattr(self.config, "is_encoder_decoder", False):
             starts_with = self.spec.decoder_starts_with
             written = self._written(plan, labels)
             inputs = with_decoder_inputs(inputs, written, self.config, starts_with)
         inputs, choices = flatten_choices(inputs)
+        own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
-        backbone = self._attachment.backbone
         with self._enter(plan):
-            output = backbone(**inputs, return_dict=True)
+            output, states = self._run_backbone(plan, inputs)
         if plan.heads:
-            features = self._features(plan, inputs, output, choices)
-            output = self._run_heads(plan, features, labels)
+            features = self._features(plan, inputs, output, choices, states)
+            output = self._run_heads(plan, features, own_labels)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else _as_tuple(output)
 
+    def _run_backbone(
+        self, plan: Plan, inputs: Mapping[str, Any]
+    ) -> tuple[Any, tuple[Tensor, ...] | None]:
+        """The backbone's output, and the states of every layer where a head reads them."""
+        backbone = self._attachment.backbone
+        if all(self.heads[route.head].config.hidden_layer is None for route in plan.heads):
+            return backbone(**inputs, return_dict=True), None
+        output = backbone(**{**inputs, "output_hidden_states": True}, return_dict=True)
+        name = "hidden_states" if "hidden_states" in output else "decoder_hidden_states"
+        states = output[name]
+        if not inputs.get("output_hidden_states", self.config.output_hidden_states):
+            unasked = (name, "encoder_hidden_states")  # nobody else wants them
+            output = type(output)(**{k: v for k, v in output.items() if k not in unasked})
+        return output, states
+
     def _features(
-        self, plan: Plan, inputs: Mapping[str, Any], output: Any, choices: int | None
+        self,
+        plan: Plan,
+        inputs: Mapping[str, Any],
+        output: Any,
+        choices: int | None,
+        states: tuple[Tensor, ...] | None,
     ) -> Features:
         tokens = plan.ops.get(TOKENS)
         return Features(
@@ -152,6 +171,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             undo=_undoing(plan),
             rescore=None if tokens is None else tokens.scores,
             first=self._attachment.runtime.take(POOLED),
+            hidden_states=states,
         )
 
     def _reads_sound(self) -> bool:
@@ -183,46 +203,15 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         given = (labels.get(name, {}).get("labels") for name in writing)
         return next((value for value in given if value is not None), None)
 
-    def _run_heads(
-        self, plan: Plan, features: Features, labels: Mapping[str, Mapping[str, Any]]
-    ) -> Any:
+    def _run_heads(self, plan: Plan, features: Features, labels: Sequence[Labels]) -> Any:
         routing, outputs = plan.routing, []
-        for route in plan.heads:
-            given, own = labels.get(route.head, {}), features
-            if route.chain is None or routing.single:
-                given = repeat_rows(given, routing.repeat)
-            else:
+        for route, given in zip(plan.heads, labels, strict=True):
+            head, own = self.heads[route.head], features
+            if route.chain is not None and not routing.single:
                 rows = routing.rows(features.hidden.shape[0])[route.chain]
                 own = _rows_of(features, plan, route.chain, rows)
-                if routing.repeat == 1:  # rows that Parallel has repeated share their labels
-                    given = {name: value[rows] for name, value in given.items()}
-            outputs.append((route.head, self.heads[route.head](own, **given)))
+            outputs.append((route.head, head(head.view(own), **given)))
         return outputs[0][1] if len(outputs) == 1 and _is_whole(plan) else MultiHeadOutput(outputs)
-
-    def _label_names(self, plan: Plan) -> tuple[str, ...]:
-        own = [n for route in plan.heads for n in self.heads[route.head].label_names]
-        return tuple(dict.fromkeys([*_LABELS, *own]))
-
-    def _labels_by_head(self, plan: Plan, labels: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
-        """The label arguments of each head."""
-        if not labels:
-            return {}
-        if not plan.heads:
-            raise LabelError(
-                f"{', '.join(labels)} given, but no head is active. Activate one with "
-                "active_head or set_active_adapters, or name it with head=."
-            )
-        names = [route.head for route in plan.heads]
-        by_head = labels.get("labels")
-        if not isinstance(by_head, Mapping):
-            return dict.fromkeys(names, labels)
-        if unknown := [name for name in by_head if name not in names]:
-            raise UnknownNameError("active head", unknown[0], names)
-        return {
-            name: value if isinstance(value, Mapping) else {"labels": value}
-            for name, value in by_head.items()
-            if value is not None
-        }
 
 
 def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:

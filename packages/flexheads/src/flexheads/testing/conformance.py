@@ -70,7 +70,7 @@ def _generates(conversion: HeadConversion) -> bool:
     """Whether a static class writes from left to right, so that generation makes sense."""
     spec = registry().architecture(conversion.architecture)
     writes = {rule.head_type for rule in conversion.heads} & {"causal_lm", "seq2seq_lm"}
-    return bool(writes) and spec.pooling in ("last_token", "last_eos")
+    return bool(writes) and spec.pooling in ("last_token", "eos")
 
 
 def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -96,7 +96,7 @@ def _tokens(
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
     ends = spec.pooling == "pooler" and getattr(config, "eos_token_id", None) is not None
-    if spec.pooling == "last_eos" or ends:
+    if spec.pooling == "eos" or ends:
         ids[:, -1] = ids[-1, -3] = config.eos_token_id
     if getattr(config, "pad_token_id", None) is not None:
         ids[mask == 0] = config.pad_token_id

@@ -9,6 +9,8 @@ from flexheads.checkpoints.hub.configs import OLD_ACTIVATIONS
 
 _MULTILABEL = "multilabel_classification"
 LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq_lm")
+# Types whose configuration says nothing of a bias: there always is one.
+_WITHOUT_BIAS = ("tagging", "question_answering", "multiple_choice")
 # Fields that the library's configurations of these types do not have.
 _UNKNOWN = {"masked_lm": ("dropout_prob",), "seq2seq_lm": ("dropout_prob", "embedding_size")}
 
@@ -34,7 +36,9 @@ class HeadNames:
         config: The head's configuration with its ``head_type``.
     """
 
-    _EXTRA = ("problem_type", "tied", "scaled", "softcap")
+    _EXTRA = ("problem_type", "tied", "scaled", "softcap", "loss", "threshold")
+    # Left out where they say what that library does anyway; else it shall refuse the file.
+    _USUAL: Mapping[str, Any] = {"pooling": None, "hidden_layer": None, "layer_norm": False}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -76,11 +80,17 @@ class HeadNames:
         for own, word in self.words.items():
             if rest == word or rest.startswith(f"{word}."):
                 return own + rest[len(word) :]
-        return None if self.words else rest
+        return None if rest[:1].isdigit() else rest
 
     def hub_config(self) -> dict[str, Any]:
         """The configuration in fields that the `adapters` library knows."""
         config = {key: value for key, value in self.config.items() if key not in self._EXTRA}
+        usual = dict(self._USUAL)
+        if self.type in LANGUAGE_MODELS:
+            del usual["layer_norm"]
+        if self.type in _WITHOUT_BIAS:
+            usual["bias"] = True
+        config = {k: v for k, v in config.items() if k not in usual or v != usual[k]}
         if self.type in LANGUAGE_MODELS:
             config |= {"shift_labels": self.type == "causal_lm", "label2id": None}
             for field in _UNKNOWN.get(self.type, ()):

@@ -1,0 +1,112 @@
+"""Labels of a call: which head gets which, for which rows, checked before the backbone runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from flexheads.errors import LabelError, UnknownNameError
+from flexheads.heads.base import PredictionHead
+from flexheads.heads.labels import InputShape
+from flexheads.models.container import NamedModules
+from flexheads.models.inputs import batch_size, repeat_rows
+from flexheads.plan import Plan
+
+USUAL = ("labels", "start_positions", "end_positions")
+"""Arguments that are labels whatever head is active, so that none is silently ignored."""
+
+Labels = Mapping[str, Any]
+
+
+def take_labels(
+    inputs: dict[str, Any], plan: Plan, heads: NamedModules[PredictionHead]
+) -> dict[str, Labels]:
+    """Takes the label arguments out of the inputs, and says which head gets what.
+
+    Args:
+        inputs: The arguments of the call; labels are removed from it.
+        plan: The plan of the call.
+        heads: The model's heads.
+
+    Raises:
+        LabelError: If there are labels, and no head is active.
+        UnknownNameError: If they are for a head that is not.
+    """
+    names = [route.head for route in plan.heads]
+    own = [argument for name in names for argument in heads[name].label_names]
+    found = {key: inputs.pop(key) for key in dict.fromkeys([*USUAL, *own]) if key in inputs}
+    labels = {key: value for key, value in found.items() if value is not None}
+    if not labels:
+        return {}
+    if not names:
+        raise LabelError(
+            f"{', '.join(labels)} given, but no head is active. Activate one with "
+            "active_head or set_active_adapters, or name it with head=."
+        )
+    by_head = labels.get("labels")
+    if not isinstance(by_head, Mapping):
+        return dict.fromkeys(names, labels)
+    if unknown := [name for name in by_head if name not in names]:
+        raise UnknownNameError("active head", unknown[0], names)
+    return {
+        name: value if isinstance(value, Mapping) else {"labels": value}
+        for name, value in by_head.items()
+        if value is not None
+    }
+
+
+def labels_by_route(
+    labels: Mapping[str, Labels],
+    plan: Plan,
+    heads: NamedModules[PredictionHead],
+    inputs: Mapping[str, Any],
+    choices: int | None,
+) -> list[Labels]:
+    """The labels of each head of a plan, for the rows that it sees.
+
+    Labels of a head whose adapters get some rows only may be those of the whole batch, or of just
+    these rows.
+
+    Args:
+        labels: The label arguments of each head.
+        plan: The plan of the call.
+        heads: The model's heads.
+        inputs: The backbone's inputs, before `Parallel` repeats them.
+        choices: Choices per example, where the input had that dimension.
+
+    Raises:
+        LabelError: If labels do not fit the inputs or the head.
+        CompositionError: If the rows of the plan do not fit the batch.
+    """
+    batch, found = batch_size(inputs), []
+    length = _length(inputs)
+    rows = None if plan.routing.single else plan.routing.rows(batch * plan.routing.repeat)
+    for route in plan.heads:
+        given = labels.get(route.head, {})
+        seen = batch
+        if route.chain is not None and rows is not None and plan.routing.repeat == 1:
+            own = rows[route.chain]
+            seen = len(range(batch)[own]) if isinstance(own, slice) else len(own)
+            given = {name: _cut(value, own, batch) for name, value in given.items()}
+        if given:
+            heads[route.head].check_labels(given, InputShape(seen, length, choices))
+        if route.chain is None or plan.routing.single:
+            given = repeat_rows(given, plan.routing.repeat)
+        found.append(given)
+    return found
+
+
+def _cut(value: Any, rows: Sequence[int] | slice, batch: int) -> Any:
+    """The rows of a label tensor that covers the whole batch."""
+    whole = isinstance(value, Tensor) and value.dim() and value.shape[0] == batch
+    return value[rows] if whole else value
+
+
+def _length(inputs: Mapping[str, Any]) -> int | None:
+    """Length of the sequence that heads read; None for images and sound."""
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
+        if isinstance(value := inputs.get(name), Tensor) and value.dim() > 1:
+            return int(value.shape[1])
+    return None
