@@ -231,7 +231,8 @@ def test_causal_attention_is_equal_for_both_functions(architecture: str, padded:
 def test_two_sides_generate_the_same_however_keys_are_kept(flat: bool) -> None:
     pytest.importorskip("flexheads_t5")
     outputs, tokens = [], []
-    for attention in ("eager", "sdpa") if V5 else ("eager",):
+    sdpa = transformers.T5PreTrainedModel._supports_sdpa
+    for attention in ("eager", "sdpa") if sdpa else ("eager",):
         config = tiny_model("t5", attn_implementation=attention).config
         plain = transformers.T5ForConditionalGeneration(config).eval()
         model = with_prefix(flexheads.init(randomise(plain, std=0.2)), "a", flat=flat)

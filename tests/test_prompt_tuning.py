@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
 
 import flexheads
@@ -376,16 +379,16 @@ def test_a_text_needs_its_tokenizer() -> None:
 
 
 def test_a_text_gives_its_embeddings_again_and_again(tmp_path: Any) -> None:
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "good": 1, "film": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
     model = encoder()
     model.config.tokenizer_name_or_path = str(tmp_path)
     config = {"prompt_init": "from_string", "prompt_init_text": "good film", "prompt_length": 6}
     model.add_adapter("a", flexheads.PromptTuningConfig(**config))
     weight = model.base_model.embeddings.word_embeddings.weight
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)("good film")["input_ids"]
-    assert torch.equal(prompt_of(model), weight[torch.tensor(([*tokens] * 2)[:6])])
+    assert torch.equal(prompt_of(model), weight[torch.tensor([*tokens] * 3)])
     # A saved prompt has its values, so it needs no tokenizer.
     model.save_adapter(tmp_path / "saved", "a")
     del model.config.tokenizer_name_or_path

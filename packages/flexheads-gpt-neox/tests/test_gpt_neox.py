@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import flexheads
 from flexheads.conversion.rules import covers, flexible_tensors
 from flexheads.plugins import registry
-from flexheads.testing import randomise, tiny_inputs, tiny_model
+from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
 
 
 @torch.no_grad()
@@ -81,3 +83,16 @@ def test_the_output_matrix_is_read_under_both_of_its_names():
     for name in ("embed_out.weight", "lm_head.weight"):
         assert covers(rule, name)
         assert flexible_tensors(rule, {name: weight}) == {"weight": weight}
+
+
+def test_a_head_comes_from_a_file_of_a_release_with_another_name(tmp_path):
+    model = flexheads.init(tiny_static("GPTNeoXForCausalLM"))
+    model.save_head(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    (name,), names = load_file(file), {"embed_out.weight", "lm_head.weight"}
+    (other,) = names - {name}
+    expected = load_file(file)[name]
+    save_file({other: expected}, file, metadata={"format": "pt"})
+    again = flexheads.init(tiny_static("GPTNeoXForCausalLM", seed=1))
+    again.load_head(tmp_path)
+    assert torch.equal(again.get_output_embeddings().weight, expected)

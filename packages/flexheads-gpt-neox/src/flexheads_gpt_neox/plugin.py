@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib import metadata
 
 from flexheads import (
     ArchitectureSpec,
@@ -57,16 +56,12 @@ GPT_NEOX = ArchitectureSpec(
         "intermediate_size": 64,
         "vocab_size": 99,
         "max_position_embeddings": 64,
-        "rotary_pct": 0.5,
         "pad_token_id": 0,
     },
 )
 
-# The output matrix has another name since transformers 5. Both are read; the last one is written.
-_LM_NAMES = sorted(
-    ("embed_out.weight", "lm_head.weight"),
-    reverse=int(metadata.version("transformers").partition(".")[0]) < 5,
-)
+# Later releases of transformers 5 have another name for the output matrix.
+_LM_NAMES = ("embed_out.weight", "lm_head.weight")
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}
 

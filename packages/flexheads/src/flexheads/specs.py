@@ -290,7 +290,8 @@ class HeadRule:
     Attributes:
         head_type: The type of the flexible head.
         weights: Prefix of the static tensors to prefix in the flexible head, for example
-            ``{"classifier": "layers.0"}``. Every static tensor is covered by exactly one prefix.
+            ``{"classifier": "layers.0"}``. Every static tensor is covered by exactly one prefix. Of
+            several that mean the same in the flexible head, each release of the class has one.
         config: The flexible head's configuration, as far as the static class fixes it.
         config_from: Head configuration key to the attribute (or alternatives) of the model's
             configuration that sets it.

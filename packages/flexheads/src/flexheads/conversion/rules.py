@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -43,14 +43,21 @@ def flexible_tensors(rule: HeadRule, tensors: Mapping[str, Tensor]) -> dict[str,
 
 
 def static_tensors(
-    rule: HeadRule, tensors: Mapping[str, Tensor], model_config: Any
+    rule: HeadRule, tensors: Mapping[str, Tensor], model_config: Any, keys: Collection[str]
 ) -> dict[str, Tensor]:
     """The inverse of `flexible_tensors`, with every alias written out.
+
+    Args:
+        rule: The rule.
+        tensors: Tensors of the flexible head.
+        model_config: Configuration of the static model.
+        keys: Names that the static class gives to its tensors.
 
     Raises:
         UnsupportedError: If a tensor that the static class lacks is not zero.
     """
     back = {after: before for before, after in rule.weights.items()}
+    back |= {after: before for before, after in rule.weights.items() if _names(before, keys)}
     own = dict(tensors)
     for key, attribute in rule.zero_unless.items():
         if not getattr(model_config, attribute) and bool(own.pop(key).any()):
@@ -68,6 +75,30 @@ def static_tensors(
         if target in named:
             named[alias] = named[target]
     return named
+
+
+def renamed(
+    rule: HeadRule, tensors: Mapping[str, Tensor], keys: Collection[str]
+) -> dict[str, Tensor]:
+    """Tensors of a static head, under the names that another release of its class has for them.
+
+    Args:
+        rule: The rule.
+        tensors: Tensors of the static head.
+        keys: Names that the class gives to its tensors now.
+    """
+    back = {after: before for before, after in rule.weights.items() if _names(before, keys)}
+
+    def name(key: str) -> str:
+        meaning = None if key in keys else rename(key, rule.weights)
+        return key if meaning is None else rename(meaning, back) or key
+
+    return {name(key): tensor for key, tensor in tensors.items()}
+
+
+def _names(prefix: str, keys: Collection[str]) -> bool:
+    """Whether a prefix covers one of some tensors."""
+    return any(rename(key, {prefix: ""}) is not None for key in keys)
 
 
 def covers(rule: HeadRule, key: str) -> bool:

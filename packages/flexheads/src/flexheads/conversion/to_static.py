@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
-from flexheads.conversion.rules import static_tensors
+from flexheads.conversion.rules import renamed, static_tensors
 from flexheads.errors import UnsupportedError
 from flexheads.plugins import registry, resolve
 from flexheads.specs import HeadConversion, HeadRule
@@ -20,6 +21,7 @@ def convert_to_static(
     conversion: HeadConversion,
     model_config: PretrainedConfig,
     embeddings: Tensor | None,
+    keys: Collection[str],
 ) -> SavedStaticHead:
     """The static head that equals flexible heads; the inverse of `convert_to_flexible`.
 
@@ -28,6 +30,7 @@ def convert_to_static(
         conversion: The rules of the static class.
         model_config: Configuration of the static model.
         embeddings: Its input embeddings, for a tied output matrix.
+        keys: The names of its head's tensors.
 
     Raises:
         UnsupportedError: If a head has another shape than the class; the message says what differs.
@@ -44,7 +47,7 @@ def convert_to_static(
         own = dict(head.tensors)
         if head.config.get("tied") and embeddings is not None:
             own["weight"] = embeddings
-        tensors |= static_tensors(rule, own, model_config)
+        tensors |= static_tensors(rule, own, model_config, keys)
         labels = labels or head.config.get("label2id")
         problem_type = problem_type or head.config.get("problem_type")
         if rule.head_type != head.config["head_type"]:
@@ -55,6 +58,20 @@ def convert_to_static(
         label2id=labels,
         problem_type=problem_type,
     )
+
+
+def in_names_of(head: SavedStaticHead, keys: Collection[str]) -> SavedStaticHead:
+    """A static head as the installed release of its class names the tensors.
+
+    Args:
+        head: The head, maybe saved with another release.
+        keys: The names of the tensors now.
+    """
+    conversion = registry().conversions.get(head.model_class)
+    tensors = dict(head.tensors)
+    for rule in conversion.heads if conversion is not None else ():
+        tensors = renamed(rule, tensors, keys)
+    return dataclasses.replace(head, tensors=tensors)
 
 
 def _check(

@@ -16,7 +16,8 @@ class NamedModules(nn.Module, Generic[ModuleT]):
     """Modules by name, in the order in which they were added.
 
     Names with a dot, empty names and names of this class's own attributes cannot be names of
-    child modules, so they are escaped there; everywhere else the name is used as it is.
+    child modules, so they are escaped there, and so are numbers, which transformers 5.0 cannot
+    sort beside words when it loads. Everywhere else the name is used as it is.
 
     Args:
         kind: What it holds, for messages: ``"adapter"`` or ``"head"``.
@@ -45,8 +46,8 @@ class NamedModules(nn.Module, Generic[ModuleT]):
     def key(self, name: str) -> str:
         """The child name that stands for a name; the first word of its tensors' keys."""
         escaped = name.replace("%", "%25").replace(".", "%2E")
-        taken = not escaped or hasattr(type(self), escaped) or escaped in self.__dict__
-        return f"%{escaped}" if taken else escaped
+        taken = hasattr(type(self), escaped) or escaped in self.__dict__
+        return f"%{escaped}" if taken or not escaped or escaped.isdigit() else escaped
 
     def __getitem__(self, name: str) -> ModuleT:
         if name not in self._names:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
 from flexheads.composition import Setup
-from flexheads.conversion.to_static import convert_to_static
+from flexheads.conversion.to_static import convert_to_static, in_names_of
 from flexheads.errors import (
     CheckpointError,
     CompositionError,
@@ -136,17 +136,17 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
         Raises:
             FlexheadsError: If it is of another class and cannot become this one's.
         """
-        head, own = bundle.head, type(self).__name__
+        head, own, keys = bundle.head, type(self).__name__, StaticHead(self).keys
         if isinstance(head, SavedStaticHead):
             if head.model_class != own:
                 raise UnsupportedError(
                     f"the head was saved by a {head.model_class}, this model is a {own}"
                 )
-            return head
+            return in_names_of(head, keys)
         assert isinstance(head, SavedHead)
         conversion = registry().conversion(own)
         config = self._attachment.backbone.config
-        return convert_to_static([head], conversion, config, self._embeddings())
+        return convert_to_static([head], conversion, config, self._embeddings(), keys)
 
     def _prepare_head(
         self,
