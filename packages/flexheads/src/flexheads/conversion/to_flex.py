@@ -76,15 +76,24 @@ def _convert(
 
 
 def untie(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], embeddings: Tensor | None
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    embeddings: Tensor | None,
+    provider: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Drops the output matrix of a language-model head where it is the model's own embeddings.
+
+    Args:
+        config: The head's configuration.
+        tensors: Its tensors.
+        embeddings: The model's input embeddings.
+        provider: Who wrote the file, for the message where the type is not installed.
 
     Returns:
         The configuration with ``tied`` decided, and the tensors that remain the head's.
     """
     config, tensors = dict(config), dict(tensors)
-    head_class = resolve(registry().head_type(config["head_type"]).head)
+    head_class = resolve(registry().head_type(config["head_type"], provider=provider).head)
     can_tie = "tied" in head_class.config_class._names()
     if can_tie and config.get("tied") is None:
         weight = tensors.get("weight")

@@ -300,7 +300,8 @@ class HeadsMixin(SetupMixin):
             if isinstance(saved, SavedStaticHead):
                 flexible = self._converted(saved, bundle, name, id2label)
             else:
-                config, tensors = untie(saved.config, saved.tensors, self._embeddings())
+                by = bundle.head_from.provider
+                config, tensors = untie(saved.config, saved.tensors, self._embeddings(), by)
                 own = saved.name if name is None else name
                 flexible = [SavedHead(name=own, config=config, tensors=tensors)]
         for head in flexible:
