@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput, MaskedLMOutput
+from transformers.modeling_outputs import (
+    CausalLMOutput,
+    CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    Seq2SeqLMOutput,
+)
 from transformers.utils.generic import ModelOutput
 
 from flexheads.activations import activation
-from flexheads.errors import ConfigError
+from flexheads.errors import ConfigError, LabelError
 from flexheads.heads.base import PredictionHead, norm_eps
 from flexheads.heads.config import HeadConfig
 from flexheads.heads.features import Features
+from flexheads.heads.labels import InputShape, check_indices
 from flexheads.heads.outputs import head_output
+from flexheads.heads.source import Source
+from flexheads.heads.written import filled_masks, likely_next, written_texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,8 +94,9 @@ class LanguageModelHead(PredictionHead):
     """
 
     config_class = LanguageModelConfig
-    output_class: type[ModelOutput]
-    shift = 0
+    generates: ClassVar[bool] = False
+    """Whether it can write one token after the other."""
+    shift: ClassVar[int] = 0
     """How far ahead of its position a token is predicted."""
 
     def __init__(
@@ -109,40 +120,149 @@ class LanguageModelHead(PredictionHead):
     def num_outputs(self) -> int:
         return int(self.config.vocab_size)
 
-    def forward(self, features: Features, **labels: Any) -> ModelOutput:
-        """See `PredictionHead.forward`; ``labels`` is ``(batch, sequence)``, -100 not counted."""
+    def forward(
+        self, features: Features, *, logits_to_keep: int | Tensor = 0, **labels: Any
+    ) -> ModelOutput:
+        """See `PredictionHead.forward`.
+
+        Args:
+            features: What the backbone computed.
+            logits_to_keep: Scores are computed for so many of the last positions, or for those
+                that a tensor lists; 0 is all.
+            labels: ``labels``, ``(batch, sequence)``, -100 not counted.
+
+        Raises:
+            LabelError: If there are labels, but not all scores are computed.
+            ConfigError: If the output matrix is tied, and the model has no embeddings.
+        """
+        given, loss = labels.get("labels"), None
         hidden = features.scaled
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            if given is not None:
+                raise LabelError(f"Head {self.name!r} has labels, so leave out logits_to_keep.")
+            hidden = _kept(hidden, logits_to_keep)
+        logits = self._score(hidden, features)
+        if given is not None:
+            end = logits.shape[1] - self.shift
+            loss = self.loss(logits[:, :end], given[:, self.shift :].long())
+        kind = self.output_class(features.output)
+        output: ModelOutput = head_output(kind, features.output, loss=loss, logits=logits)
+        return output
+
+    def _score(self, hidden: Tensor, features: Features) -> Tensor:
         for layer in self.layers:
             hidden = layer(hidden)
-        weight = features.embeddings if self.config.tied else self.weight
-        if weight is None:
-            raise ConfigError(f"Head {self.name!r} is tied, but this model has no embeddings.")
         hidden = features.undo(hidden)
-        logits = functional.linear(hidden, weight, self.bias)
+        logits = functional.linear(hidden, self._matrix(features.embeddings), self.bias)
         if self.config.tied:
             logits = features.rescore(hidden, logits)
         if (cap := self.config.softcap) is not None:
             logits = cap * torch.tanh(logits / cap)
-        given, loss = labels.get("labels"), None
-        if given is not None:
-            end = logits.shape[1] - self.shift
-            loss = self.loss(logits[:, :end], given[:, self.shift :])
-        output: ModelOutput = head_output(
-            self.output_class, features.output, loss=loss, logits=logits
-        )
-        return output
+        return logits
+
+    def _matrix(self, embeddings: Tensor | None) -> Tensor:
+        weight = embeddings if self.config.tied else self.weight
+        if weight is None:
+            raise ConfigError(f"Head {self.name!r} is tied, but this model has no embeddings.")
+        return weight
+
+    def output_class(self, output: ModelOutput) -> type[ModelOutput]:
+        """The class of its output, as transformers' class over such a backbone has it.
+
+        Args:
+            output: The backbone's output.
+        """
+        return MaskedLMOutput
+
+    def output_embeddings(self, embeddings: Tensor | None) -> nn.Linear:
+        """A linear layer on the output matrix and the bias, which stay what they are.
+
+        Args:
+            embeddings: The weight of the model's input embeddings, for a tied matrix.
+
+        Raises:
+            ConfigError: If the output matrix is tied, and the model has no embeddings.
+        """
+        weight = self._matrix(embeddings)
+        vocabulary, width = weight.shape
+        layer = nn.Linear(width, vocabulary, bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = weight, self.bias  # type: ignore[assignment]
+        return layer
+
+    def check_labels(self, labels: Mapping[str, Any], shape: InputShape) -> None:
+        """See `PredictionHead.check_labels`: token ids, one for each position that it scores."""
+        if labels.get("labels") is not None:
+            where = f"labels of head {self.name!r}"
+            check_indices(where, labels["labels"], self.num_outputs, [(shape.rows, shape.length)])
+
+
+def _kept(hidden: Tensor, which: int | Tensor) -> Tensor:
+    """The positions whose scores are wanted, ``(batch, positions, hidden)``."""
+    return hidden[:, -which:] if isinstance(which, int) else hidden[:, which]
 
 
 class MaskedLMHead(LanguageModelHead):
     """Predicts the token at each position."""
 
     head_type = "masked_lm"
-    output_class = MaskedLMOutput
+
+    def decode(
+        self, output: Any, source: Source | None = None, *, top_k: int = 5, **options: Any
+    ) -> list[Any]:
+        """The likeliest tokens at each mask.
+
+        Args:
+            output: What `forward` returned.
+            source: ``input_ids`` and ``tokenizer`` are needed.
+            top_k: How many for each mask.
+            options: None.
+
+        Returns:
+            For each row the `top_k` likeliest tokens, each with ``score``, ``token``,
+            ``token_str`` and ``sequence``; a list of such lists where a row has several masks.
+
+        Raises:
+            UnsupportedError: If ids or tokenizer are missing, or a row has no mask.
+        """
+        return filled_masks(output.logits, source, top_k, **options)
 
 
 class CausalLMHead(LanguageModelHead):
     """Predicts the token that follows each position."""
 
     head_type = "causal_lm"
-    output_class = CausalLMOutput
+    generates = True
     shift = 1
+
+    def output_class(self, output: ModelOutput) -> type[ModelOutput]:
+        """See `LanguageModelHead.output_class`."""
+        if "encoder_last_hidden_state" in output:
+            return Seq2SeqLMOutput
+        fields = type(output).__dataclass_fields__  # type: ignore[attr-defined]
+        if "cross_attentions" in fields:
+            return CausalLMOutputWithCrossAttentions
+        return CausalLMOutputWithPast if "past_key_values" in fields else CausalLMOutput
+
+    def decode(
+        self, output: Any, source: Source | None = None, *, top_k: int = 5, **options: Any
+    ) -> list[Any]:
+        """The text of what was generated, or the tokens that may follow.
+
+        Args:
+            output: What ``generate`` returned, or `forward`.
+            source: The ``tokenizer`` is needed; ``input_ids`` where the prompt is left out, and
+                ``attention_mask`` where padding is on the right of what `forward` has read.
+            top_k: How many tokens that may follow.
+            options: ``return_full_text`` and ``skip_special_tokens``, both true unless said
+                otherwise.
+
+        Returns:
+            For each sequence of ``generate`` its ``generated_text``; for each row of `forward` the
+            `top_k` likeliest tokens, each with ``score``, ``token`` and ``token_str``.
+
+        Raises:
+            UnsupportedError: If something of `source` is missing.
+        """
+        if isinstance(output, Mapping) and "logits" in output and "sequences" not in output:
+            return likely_next(output["logits"], source, top_k, **options)
+        return written_texts(output, source, **options)

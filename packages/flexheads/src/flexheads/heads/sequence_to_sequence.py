@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils.generic import ModelOutput
 
 from flexheads.heads.language_modeling import LanguageModelConfig, LanguageModelHead
+from flexheads.heads.source import Source
+from flexheads.heads.written import written_texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,5 +32,27 @@ class SequenceToSequenceHead(LanguageModelHead):
 
     head_type = "seq2seq_lm"
     config_class = SequenceToSequenceConfig
-    output_class = Seq2SeqLMOutput
+    generates = True
     writes_labels = True
+
+    def output_class(self, output: ModelOutput) -> type[ModelOutput]:
+        """See `LanguageModelHead.output_class`."""
+        return Seq2SeqLMOutput
+
+    def decode(self, output: Any, source: Source | None = None, **options: Any) -> list[Any]:
+        """The text of what was generated.
+
+        Args:
+            output: What ``generate`` returned; or `forward`, whose likeliest tokens are taken.
+            source: The ``tokenizer`` is needed.
+            options: ``skip_special_tokens``, true unless said otherwise.
+
+        Returns:
+            For each sequence its ``generated_text``.
+
+        Raises:
+            UnsupportedError: If there is no tokenizer.
+        """
+        if isinstance(output, Mapping) and "logits" in output and "sequences" not in output:
+            output = output["logits"].argmax(dim=-1)
+        return written_texts(output, source, **options)

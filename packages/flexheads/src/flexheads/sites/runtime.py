@@ -65,6 +65,10 @@ class Runtime:
             )
         return self.active
 
+    def entered(self) -> Plan | None:
+        """The plan of the scope that the running thread is in, or None outside of any."""
+        return self._thread.plan
+
     def holds(self, plan: Plan) -> bool:
         """Whether the running thread is in a scope of `plan`."""
         return self._thread.plan is plan
