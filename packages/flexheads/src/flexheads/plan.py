@@ -16,11 +16,14 @@ class HeadRoute:
 
     Attributes:
         head: The head's name.
-        chain: Number of the chain in `Plan.routing`; None means every row.
+        chain: Number of the chain in the routing; None means every row.
+        routing: The routing that the chain is one of, where rows have heads of their own; None is
+            that of the adapters, `Plan.routing`.
     """
 
     head: str
     chain: int | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,3 +43,14 @@ class Plan:
     heads: tuple[HeadRoute, ...] = ()
     ops: Mapping[str, Any] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
+
+    def rows_of(self, route: HeadRoute, batch: int) -> list[int] | slice | None:
+        """The rows that a head sees in a batch of `batch` rows (already repeated); None is all.
+
+        Raises:
+            CompositionError: If the batch does not have the rows that the plan names.
+        """
+        routing = route.routing or self.routing
+        if route.chain is None or routing.single:
+            return None
+        return routing.rows(batch)[route.chain]

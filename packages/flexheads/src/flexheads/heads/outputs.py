@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
@@ -32,49 +34,83 @@ def head_output(kind: type[ModelOutput], backbone: Any, **own: Any) -> Any:
         kind = _OF_TWO_SIDES.get(kind, kind)
     # The plain attribute, because compiling does not see through dataclasses.fields.
     fields: dict[str, Any] = kind.__dataclass_fields__  # type: ignore[attr-defined]
-    return kind(**own, **{name: backbone.get(name) for name in fields if name not in own})
+    values = {name: own[name] if name in own else backbone.get(name) for name in fields}
+    return _built(kind, values) if own.keys() <= fields.keys() else kind(**values, **own)
+
+
+def _built(kind: type[ModelOutput], values: Mapping[str, Any]) -> Any:
+    """``kind(**values)``; after the first time without the checks that the class makes each time.
+
+    With many heads in one call, those take longer than the heads.
+    """
+    usual = kind.__post_init__ is ModelOutput.__post_init__  # type: ignore[attr-defined]
+    if kind not in _BUILT or not usual or torch.compiler.is_compiling():
+        _BUILT.add(kind)
+        return kind(**values)
+    output = kind.__new__(kind)
+    for name, value in values.items():
+        output.__dict__[name] = value
+        if value is not None:
+            OrderedDict.__setitem__(output, name, value)
+    return output
+
+
+_BUILT: set[type[ModelOutput]] = set()
 
 
 class MultiHeadOutput(dict[str, Any]):
     """The outputs of several heads, by name and by index.
 
-    ``output["topic"]`` and ``output[0]`` give the output of one head; ``output.loss`` is the sum of
-    the losses of those heads that had labels, or None. As a mapping it holds the outputs by name;
-    ``output["loss"]`` is the summed loss, which is where trainers look for it.
+    ``output["topic"]`` and ``output[0]`` give the output of one head. As a mapping it holds the
+    loss, where there is one, and the outputs by name, which is where trainers look for both.
 
     Args:
-        outputs: Head name and output, in order.
+        outputs: Head name and output, in order; a tensor named ``"loss"`` among them is the loss.
+        loss: The loss of all heads together; None takes the sum of the losses of those heads that
+            had labels.
+
+    Attributes:
+        ordered: The outputs, in order.
+        head_names: The heads' names, in the same order.
+        loss: The loss of all heads together, or None where no head had labels.
+        losses: The loss of each head that had labels, as the head computed it, without a weight.
     """
 
-    def __init__(self, outputs: Any = ()) -> None:
-        pairs: Sequence[tuple[str, Any]] = list(
-            dict(outputs).items() if isinstance(outputs, dict) else outputs
-        )
+    def __init__(self, outputs: Any = (), loss: Tensor | None = None) -> None:
+        pairs = list(outputs.items() if isinstance(outputs, Mapping) else outputs)
+        # Libraries that convert outputs, as for mixed precision, build them anew from their items.
+        for total in (value for name, value in pairs if name == "loss" and _is_tensor(value)):
+            loss = total if loss is None else loss
+        pairs = [pair for pair in pairs if pair[0] != "loss" or not _is_tensor(pair[1])]
         self.ordered: tuple[Any, ...] = tuple(output for _, output in pairs)
         self.head_names: tuple[str, ...] = tuple(name for name, _ in pairs)
-        super().__init__()
-        for name, output in pairs:
-            super().setdefault(name, output)
-
-    @property
-    def loss(self) -> Tensor | None:
-        """The sum of the losses, or None where no head had labels."""
-        losses = [
-            o["loss"]
-            for o in self.ordered
-            if isinstance(o, ModelOutput) and o.get("loss") is not None
-        ]
-        return sum(losses[1:], losses[0]) if losses else None
+        self.losses = _first_of_each((name, _loss(output)) for name, output in pairs)
+        if loss is None and self.losses:
+            own = [one for one in map(_loss, self.ordered) if one is not None]
+            loss = sum(own[1:], own[0])
+        self.loss: Tensor | None = loss
+        super().__init__({**_first_of_each([("loss", loss)]), **_first_of_each(pairs)})
 
     def __getitem__(self, key: str | int) -> Any:
-        if isinstance(key, int):
-            return self.ordered[key]
-        if key == "loss" and "loss" not in self.head_names:
-            return self.loss
-        return super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (key == "loss" and self.loss is not None)
+        return self.ordered[key] if isinstance(key, int) else super().__getitem__(key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (list(zip(self.head_names, self.ordered, strict=True)),)
+        return type(self), (list(zip(self.head_names, self.ordered, strict=True)), self.loss)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _loss(output: Any) -> Tensor | None:
+    """The loss in a head's output, if there is one."""
+    return output.get("loss") if isinstance(output, ModelOutput) else None
+
+
+def _first_of_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The first value of each name; None does not count."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if value is not None:
+            found.setdefault(name, value)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from transformers import PretrainedConfig
 from flexheads.errors import ConfigError
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+_WITHOUT_ROWS = ("cache_position",)
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Rows of the batch: the first dimension of the first tensor."""
-    return next((int(value.shape[0]) for value in inputs.values() if _batched(value)), 0)
+    """Rows of the batch: the first dimension of the first tensor that has rows."""
+    rowed = (v for name, v in inputs.items() if _batched(v) and name not in _WITHOUT_ROWS)
+    return next((int(value.shape[0]) for value in rowed), 0)
 
 
 def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -28,6 +30,28 @@ def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
         else value
         for name, value in inputs.items()
     }
+
+
+def among(
+    run: Callable[..., Tensor] | None, rows: list[int] | slice, batch: int
+) -> Callable[..., Tensor] | None:
+    """What runs on whole batches, as something that runs on some of their rows.
+
+    Args:
+        run: Works row by row, on tensors that all have a batch dimension.
+        rows: The rows that there will be.
+        batch: Rows of the whole batch.
+    """
+    if run is None:
+        return None
+
+    def run_some(*some: Tensor) -> Tensor:
+        whole = [tensor.new_zeros(batch, *tensor.shape[1:]) for tensor in some]
+        for empty, tensor in zip(whole, some, strict=True):
+            empty[rows] = tensor
+        return run(*whole)[rows]
+
+    return run_some
 
 
 def flatten_choices(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:

@@ -82,12 +82,11 @@ def labels_by_route(
     """
     batch, found = batch_size(inputs), []
     length = _length(inputs)
-    rows = None if plan.routing.single else plan.routing.rows(batch * plan.routing.repeat)
     for route in plan.heads:
         given = labels.get(route.head, {})
         seen = batch
-        if route.chain is not None and rows is not None and plan.routing.repeat == 1:
-            own = rows[route.chain]
+        own = plan.rows_of(route, batch * plan.routing.repeat)
+        if own is not None and plan.routing.repeat == 1:
             seen = len(range(batch)[own]) if isinstance(own, slice) else len(own)
             given = {name: _cut(value, own, batch) for name, value in given.items()}
         if given:

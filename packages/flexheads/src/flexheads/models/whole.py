@@ -30,7 +30,7 @@ from flexheads.plugins import registry
 logger = logging.getLogger(__name__)
 
 _KEY = "flexheads"
-_OWN = ("adapters.", "adapter_fusions.", "heads.")
+_OWN = ("adapters.", "adapter_fusions.", "heads.", "loss_weights.")
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -83,7 +83,7 @@ class WholeModelMixin(SharingMixin, PrefixMixin):
 def describe(model: Any) -> dict[str, Any]:
     """What a saved configuration says about adapters and heads, in the order they were added."""
     active = model._attachment.runtime.active
-    heads = getattr(model, "heads", {})
+    heads, weights = getattr(model, "heads", {}), getattr(model, "loss_weights", {})
     return {
         "version": library_version(),
         "adapters": [[name, adapter.config.to_dict()] for name, adapter in model.adapters.items()],
@@ -92,6 +92,7 @@ def describe(model: Any) -> dict[str, Any]:
             for name, fusion in model.adapter_fusions.items()
         ],
         "heads": [[name, _provider(head), head.to_dict()] for name, head in heads.items()],
+        "loss_weights": [[name, weight.described()] for name, weight in weights.items()],
         "shared": {group: list(names) for group, names in model._sharing().items()},
         "active_adapters": to_json(active.setup),
         "skip_layers": list(active.skip_layers),
@@ -136,6 +137,11 @@ def load_backbone(
     return model, info
 
 
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of ``from_pretrained`` that say where files come from."""
+    return {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+
+
 def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
     """Builds and fills the adapters and heads that a saved configuration describes.
 
@@ -150,7 +156,7 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
     """
     config = model._attachment.backbone.config
     described = config.__dict__.pop(_KEY, None)
-    hub = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
+    hub = hub_arguments(kwargs)
     if described is None:
         return
     if is_from_peer(described):
@@ -178,6 +184,11 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
             head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
             fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
             model._install_head(head)
+        for name, value in described.get("loss_weights", ()) if hasattr(model, "heads") else ():
+            model.set_loss_weights({name: value})
+            key = f"loss_weights.{model.loss_weights.key(name)}."
+            where = f"{path}: loss weight of head {name!r}"
+            fill(model.loss_weights[name], _take(tensors, key), where)
         # A class with a static head leaves flexible heads, and so what was active of them, behind.
         active = described["active_heads"] if hasattr(model, "heads") else ()
         heads = tuple(HeadRoute(*route) for route in active)
