@@ -1,11 +1,18 @@
-"""What this package registers: where DINOv2's sites are."""
+"""What this package registers: where DINOv2's sites are, and how its static heads convert."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import ArchitectureSpec, LayerSpec, ResidualSite, hookimpl
+from flexheads import (
+    ArchitectureSpec,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+    hookimpl,
+)
 
 DINOV2 = ArchitectureSpec(
     name="dinov2",
@@ -53,10 +60,32 @@ REGISTERS = replace(
     ),
 )
 
+_CLASSIFICATION = HeadRule(
+    head_type="image_classification",
+    weights={"classifier": "layers.0"},
+    config={
+        "layers": 1,
+        "activation_function": None,
+        "pooling": "first_token_and_patch_mean",
+        "dropout_prob": 0.0,
+    },
+)
 
-# The class for image classification reads the first token beside the mean of the others, which is
-# twice as wide as what a flexible head reads. Adapters work on it.
+
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
     """DINOv2, and its version with registers."""
     return [DINOV2, REGISTERS]
+
+
+@hookimpl
+def flexheads_register_conversions() -> Iterable[HeadConversion]:
+    """Image classification, by the first token beside the mean of the others."""
+    return [
+        HeadConversion(
+            architecture=spec.name,
+            static_class=f"{prefix}ForImageClassification",
+            heads=(_CLASSIFICATION,),
+        )
+        for spec, prefix in ((DINOV2, "Dinov2"), (REGISTERS, "Dinov2WithRegisters"))
+    ]

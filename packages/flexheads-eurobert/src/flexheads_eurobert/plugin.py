@@ -53,8 +53,16 @@ EUROBERT = ArchitectureSpec(
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}
 
-# The class for sequences is left out: as configured it scores every token, and takes the mean.
 _HEADS = {
+    "EuroBertForSequenceClassification": HeadRule(
+        head_type="classification",
+        weights={"dense": "layers.0", "classifier": "layers.1"},
+        config={"layers": 2, "activation_function": "gelu", "dropout_prob": 0.0},
+        config_by={
+            "pooling": ("classifier_pooling", {"bos": None, "mean": "mean", "late": None}),
+            "late": ("classifier_pooling", {"bos": False, "mean": False, "late": True}),
+        },
+    ),
     "EuroBertForTokenClassification": HeadRule(
         head_type="tagging",
         weights={"classifier": "layers.0"},
@@ -77,7 +85,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The head classes that transformers has for EuroBERT, but for the one for sequences."""
+    """Every head class that transformers has for EuroBERT."""
     return [
         HeadConversion(architecture=EUROBERT.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

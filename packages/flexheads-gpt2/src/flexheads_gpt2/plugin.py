@@ -57,7 +57,6 @@ GPT2 = ArchitectureSpec(
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}
 
-# The class with two heads at once is left out: it pools choices where mc_token_ids says.
 _HEADS = {
     "GPT2ForSequenceClassification": HeadRule(
         head_type="classification",
@@ -80,6 +79,23 @@ _HEADS = {
     ),
 }
 
+# Two heads: choices are read where ``mc_token_ids`` says, which should be each row's last token.
+_DOUBLE = (
+    _HEADS["GPT2LMHeadModel"],
+    HeadRule(
+        head_type="multiple_choice",
+        weights={"multiple_choice_head.summary": "layers.0"},
+        config={"layers": 1},
+        config_from={"dropout_prob": "summary_first_dropout"},
+        config_by={
+            "pooling": ("summary_type", {"cls_index": None, "first": "first_token"}),
+            "activation_function": ("summary_activation", {None: None}),
+        },
+        suffix="_choice",
+        output="mc_logits",
+    ),
+)
+
 
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
@@ -89,8 +105,9 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The head classes that transformers has for GPT-2, but for the one with two heads."""
+    """Every head class that transformers has for GPT-2."""
+    rules = {name: (rule,) for name, rule in _HEADS.items()}
     return [
-        HeadConversion(architecture=GPT2.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
+        HeadConversion(architecture=GPT2.name, static_class=name, heads=heads)
+        for name, heads in {**rules, "GPT2DoubleHeadsModel": _DOUBLE}.items()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from flexheads import (
     ArchitectureSpec,
@@ -62,7 +63,25 @@ MODERNBERT = ArchitectureSpec(
 )
 
 
-# Other classes have a norm between the layers of their heads, which no flexible head has.
+_HEAD = {"head.dense": "layers.0", "head.norm": "layers.norm_0", "classifier": "layers.1"}
+_LAYERS = {"layers": 2, "layer_norm": True}
+_ACTIVATION = {"activation_function": "classifier_activation", "dropout_prob": "classifier_dropout"}
+_ZERO = {"layers.0.bias": "classifier_bias", "layers.norm_0.bias": "norm_bias"}
+_POOLING = {"pooling": ("classifier_pooling", {"cls": None, "mean": "mean"})}
+
+
+def _two_layers(head_type: str, **own: Any) -> HeadRule:
+    """A head with a norm between its two layers."""
+    return HeadRule(
+        head_type=head_type,
+        weights=_HEAD,
+        config=_LAYERS,
+        config_from=_ACTIVATION,
+        zero_unless=_ZERO,
+        **own,
+    )
+
+
 _MASKED_LM = HeadRule(
     head_type="masked_lm",
     weights={
@@ -76,6 +95,14 @@ _MASKED_LM = HeadRule(
     zero_unless={"layers.0.dense.bias": "classifier_bias", "layers.0.norm.bias": "norm_bias"},
 )
 
+_HEADS = {
+    "ModernBertForMaskedLM": _MASKED_LM,
+    "ModernBertForSequenceClassification": _two_layers("classification", config_by=_POOLING),
+    "ModernBertForMultipleChoice": _two_layers("multiple_choice", config_by=_POOLING),
+    "ModernBertForTokenClassification": _two_layers("tagging"),
+    "ModernBertForQuestionAnswering": _two_layers("question_answering", output="start_logits"),
+}
+
 
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
@@ -85,8 +112,8 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The masked language model."""
-    conversion = HeadConversion(
-        architecture=MODERNBERT.name, static_class="ModernBertForMaskedLM", heads=(_MASKED_LM,)
-    )
-    return [conversion]
+    """Every head class that transformers has for ModernBERT."""
+    return [
+        HeadConversion(architecture=MODERNBERT.name, static_class=name, heads=(rule,))
+        for name, rule in _HEADS.items()
+    ]

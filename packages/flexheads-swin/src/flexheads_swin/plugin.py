@@ -49,7 +49,6 @@ SWIN = ArchitectureSpec(
     },
 )
 
-# Masked image modelling is left out: it draws pixels, which no type of flexible head does.
 _HEADS = {
     "SwinForImageClassification": HeadRule(
         head_type="image_classification",
@@ -60,6 +59,12 @@ _HEADS = {
             "use_pooler": True,
             "dropout_prob": 0.0,
         },
+    ),
+    "SwinForMaskedImageModeling": HeadRule(
+        head_type="masked_image_modeling",
+        weights={"decoder.0": "decoder"},
+        config_from={"stride": "encoder_stride", "num_channels": "num_channels"},
+        output="reconstruction",
     ),
 }
 
@@ -72,7 +77,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """Image classification."""
+    """Image classification, and masked images."""
     return [
         HeadConversion(architecture=SWIN.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

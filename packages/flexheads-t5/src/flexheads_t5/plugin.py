@@ -89,8 +89,6 @@ MT5 = replace(
     scaled_if=None,
 )
 
-# Token classification is left out: its class reads the encoder alone, and flexible heads the
-# decoder. Adapters work on it.
 _HEADS = {
     "ForConditionalGeneration": HeadRule(
         head_type="seq2seq_lm",
@@ -111,6 +109,12 @@ _HEADS = {
         config={"layers": 1, "activation_function": None, "scaled": False, "dropout_prob": 0.0},
         output="start_logits",
     ),
+    "ForTokenClassification": HeadRule(
+        head_type="tagging",
+        weights={"classifier": "layers.0"},
+        config={"layers": 1, "activation_function": None, "side": "encoder"},
+        config_from={"dropout_prob": "classifier_dropout"},
+    ),
 }
 
 
@@ -122,7 +126,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The head classes that read the decoder."""
+    """Every head class that transformers has for them."""
     return [
         HeadConversion(
             architecture=spec.name, static_class=spec.name.upper() + ending, heads=(rule,)

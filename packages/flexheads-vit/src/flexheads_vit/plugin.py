@@ -53,12 +53,17 @@ VIT = ArchitectureSpec(
     },
 )
 
-# Masked image modelling is left out: it draws pixels, which no type of flexible head does.
 _HEADS = {
     "ViTForImageClassification": HeadRule(
         head_type="image_classification",
         weights={"classifier": "layers.0"},
         config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
+    ),
+    "ViTForMaskedImageModeling": HeadRule(
+        head_type="masked_image_modeling",
+        weights={"decoder.0": "decoder"},
+        config_from={"stride": "encoder_stride", "num_channels": "num_channels"},
+        output="reconstruction",
     ),
 }
 
@@ -71,7 +76,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """Image classification."""
+    """Image classification, and masked images."""
     return [
         HeadConversion(architecture=VIT.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

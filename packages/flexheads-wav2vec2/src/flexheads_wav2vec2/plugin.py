@@ -65,6 +65,11 @@ WAV2VEC2 = ArchitectureSpec(
         "num_conv_pos_embedding_groups": 2,
         "layerdrop": 0.0,
         "mask_time_prob": 0.0,
+        "classifier_proj_size": 24,
+        "tdnn_dim": (24, 40),
+        "tdnn_kernel": (3, 2),
+        "tdnn_dilation": (1, 2),
+        "xvector_output_dim": 20,
         "do_stable_layer_norm": False,
     },
 )
@@ -89,13 +94,54 @@ WAVLM = replace(
     layers=tuple(replace(layers, **_NO_ATTENTION) for layers in WAV2VEC2.layers),
 )
 
-# Left out: transcription, speakers and pre-training, for which there are no types of heads, and
-# classification, which puts a narrower layer in between. Adapters work on them.
-_FRAMES = HeadRule(
-    head_type="tagging",
-    weights={"classifier": "layers.0"},
-    config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
-)
+_ONE_LAYER = {"layers": 1, "activation_function": None}
+
+# Left out: pre-training, whose targets a quantiser of the class makes. Adapters work on it.
+_HEADS = {
+    "ForCTC": HeadRule(
+        head_type="ctc",
+        weights={"lm_head": "layers.0"},
+        config=_ONE_LAYER,
+        config_from={
+            "vocab_size": "vocab_size",
+            "blank": "pad_token_id",
+            "reduction": "ctc_loss_reduction",
+            "zero_infinity": "ctc_zero_infinity",
+            "dropout_prob": "final_dropout",
+        },
+    ),
+    "ForSequenceClassification": HeadRule(
+        head_type="audio_classification",
+        weights={"projector": "layers.0", "classifier": "layers.1"},
+        config={"layers": 2, "activation_function": None, "dropout_prob": 0.0},
+        config_from={"projection_size": "classifier_proj_size"},
+        mixed_by="layer_weights",
+    ),
+    "ForAudioFrameClassification": HeadRule(
+        head_type="audio_frame_classification",
+        weights={"classifier": "layers.0"},
+        config={**_ONE_LAYER, "dropout_prob": 0.0},
+        mixed_by="layer_weights",
+    ),
+    "ForXVector": HeadRule(
+        head_type="xvector",
+        weights={
+            "projector": "projector",
+            "tdnn": "tdnn",
+            "feature_extractor": "embedding",
+            "classifier": "output",
+            "objective.weight": "speakers",
+        },
+        config_from={
+            "sizes": "tdnn_dim",
+            "kernels": "tdnn_kernel",
+            "dilations": "tdnn_dilation",
+            "embedding_size": "xvector_output_dim",
+        },
+        mixed_by="layer_weights",
+    ),
+}
+_OF_HUBERT = ("ForCTC", "ForSequenceClassification")
 
 
 @hookimpl
@@ -106,12 +152,12 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """Classification of each position."""
+    """Text, classes of sounds and of frames, and voices."""
+    named = ((WAV2VEC2, "Wav2Vec2", _HEADS), (HUBERT, "Hubert", _OF_HUBERT), (WAVLM, "WavLM", _HEADS))
     return [
         HeadConversion(
-            architecture=spec.name,
-            static_class=f"{prefix}ForAudioFrameClassification",
-            heads=(_FRAMES,),
+            architecture=spec.name, static_class=prefix + ending, heads=(_HEADS[ending],)
         )
-        for spec, prefix in ((WAV2VEC2, "Wav2Vec2"), (WAVLM, "WavLM"))
+        for spec, prefix, endings in named
+        for ending in endings
     ]

@@ -73,6 +73,7 @@ WHISPER = ArchitectureSpec(
         "decoder_ffn_dim": 64,
         "vocab_size": 99,
         "num_mel_bins": 8,
+        "classifier_proj_size": 24,
         "max_source_positions": 16,
         "max_target_positions": 64,
         "bos_token_id": 1,
@@ -84,13 +85,24 @@ WHISPER = ArchitectureSpec(
     },
 )
 
-# Left out: audio classification, which reads the encoder, and the decoder alone (`ForCausalLM`);
-# flexible heads stand on both sides. Adapters work on them.
+# Left out: the decoder alone (`ForCausalLM`), which has no encoder of its own. Adapters work on it.
 _HEADS = {
     "WhisperForConditionalGeneration": HeadRule(
         head_type="seq2seq_lm",
         weights={"proj_out.weight": "weight"},
         config={"layers": 1, "activation_function": None, "layer_norm": False, "bias": False},
+    ),
+    "WhisperForAudioClassification": HeadRule(
+        head_type="audio_classification",
+        weights={"projector": "layers.0", "classifier": "layers.1"},
+        config={
+            "layers": 2,
+            "activation_function": None,
+            "dropout_prob": 0.0,
+            "side": "encoder",
+        },
+        config_from={"projection_size": "classifier_proj_size"},
+        mixed_by="layer_weights",
     ),
 }
 
@@ -103,7 +115,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The class that writes what it hears."""
+    """The class that writes what it hears, and the one that says what it is."""
     return [
         HeadConversion(architecture=WHISPER.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

@@ -295,6 +295,10 @@ class HeadRule:
         config: The flexible head's configuration, as far as the static class fixes it.
         config_from: Head configuration key to the attribute (or alternatives) of the model's
             configuration that sets it.
+        config_by: Head configuration key to the attribute of the model's configuration that says
+            what it is, and what each value of that means; no other value can be converted.
+        mixed_by: The static tensor that weighs the hidden states of all layers, where the class
+            reads a mix of them; without that tensor it reads the last layer.
         aliases: Static tensors that repeat another one: ``{"cls.predictions.bias": "..."}``.
         added_bias: A static tensor ``(1, outputs)`` that is added to the logits. It becomes a bias
             of the flexible head, which has none where the tensor is zero.
@@ -308,6 +312,8 @@ class HeadRule:
     weights: Mapping[str, str]
     config: Mapping[str, Any] = field(default_factory=dict)
     config_from: Mapping[str, Path] = field(default_factory=dict)
+    config_by: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
+    mixed_by: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     added_bias: str | None = None
     zero_unless: Mapping[str, str] = field(default_factory=dict)

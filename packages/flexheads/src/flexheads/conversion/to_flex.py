@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
-from flexheads.conversion.rules import covers, flexible_tensors
+from flexheads.conversion.rules import covers, fixed_config, flexible_tensors
 from flexheads.errors import CheckpointError
-from flexheads.heads.config import LabelledConfig
 from flexheads.plugins import registry, resolve
-from flexheads.specs import HeadConversion, HeadRule, Path
+from flexheads.specs import HeadConversion, HeadRule
 
 _OWN_LABELS = ("next_sentence",)
 """Head types whose outputs never are the labels that the static model's configuration names."""
@@ -59,16 +58,17 @@ def _convert(
 ) -> SavedHead:
     tensors = flexible_tensors(rule, head.tensors)
     head_class = resolve(registry().head_type(rule.head_type).head)
-    fields = {field: _read(model_config, path) for field, path in rule.config_from.items()}
-    config: dict[str, Any] = {"head_type": rule.head_type, **fields, **rule.config}
+    config = {"head_type": rule.head_type, **fixed_config(rule, model_config)}
     if rule.added_bias is not None:
         config["bias"] = "bias" in tensors
-    if issubclass(head_class.config_class, LabelledConfig):
-        last = tensors.get(f"layers.{config['layers'] - 1}.weight")
-        if last is None:
+    if "mix.weights" in tensors:
+        config["hidden_layer"] = "mix"
+    if "num_labels" in head_class.config_class._names():
+        count = head_class.labels_in(config, tensors)
+        if count is None:
             raise CheckpointError(f"The head of {head.model_class} has no weights for {name!r}.")
         named = None if rule.head_type in _OWN_LABELS else head.label2id
-        config |= _labels(head, named, int(last.shape[0]))
+        config |= _labels(head, named, count)
     if head.problem_type is not None and "problem_type" in head_class.config_class._names():
         config["problem_type"] = head.problem_type
     config, tensors = untie(config, tensors, embeddings)
@@ -117,9 +117,3 @@ def _labels(head: SavedStaticHead, labels: Mapping[str, int] | None, count: int)
             f"{len(labels)} labels. Pass id2label= with {count} names."
         )
     return {"num_labels": count, "label2id": dict(labels)}
-
-
-def _read(model_config: PretrainedConfig, path: Path) -> Any:
-    names = (path,) if isinstance(path, str) else path
-    values = (getattr(model_config, name, None) for name in names)
-    return next((value for value in values if value is not None), None)

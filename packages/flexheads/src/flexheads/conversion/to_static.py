@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
-from flexheads.conversion.rules import renamed, static_tensors
+from flexheads.conversion.rules import fixed_config, renamed, static_tensors
 from flexheads.errors import UnsupportedError
 from flexheads.plugins import registry, resolve
 from flexheads.specs import HeadConversion, HeadRule
+
+_WITHOUT = {"pooling", "late", "hidden_layer", "side", "layer_norm"}
+"""Fields for which static classes have the default unless their rule says otherwise."""
 
 
 def convert_to_static(
@@ -89,13 +92,12 @@ def _check(
     head_class = resolve(registry().head_type(kind).head)
     given = {key: value for key, value in head.config.items() if key != "head_type"}
     config = head_class.config_class.from_dict(given, tolerant=True)
-    wanted: dict[str, Any] = {
-        **rule.config,
-        **{key: getattr(model_config, str(path), None) for key, path in rule.config_from.items()},
-    }
+    wanted = fixed_config(rule, model_config)
     wanted.pop("dropout_prob", None)  # the class has its own
-    for name in {"pooling", "hidden_layer", "layer_norm"} & set(config):
+    for name in _WITHOUT & set(config):
         wanted.setdefault(name, head_class.config_class._default(name))
+    if rule.mixed_by is not None and config.get("hidden_layer") == "mix":
+        wanted["hidden_layer"] = "mix"  # whether the class does, its tensors say
     # An activation or a pooler between layers that do not exist changes nothing.
     skip = {"activation_function"} if config.get("layers") == wanted.get("layers") == 1 else set()
     differing = [

@@ -36,12 +36,15 @@ class HeadConfig(Config):
         hidden_layer: Which hidden states the head reads, counted as transformers'
             ``hidden_states``: 0 are the embeddings, -1 is the last layer. ``"mix"`` learns a
             weighted sum of all. None reads what the model returns as its last.
+        side: ``"encoder"`` for a head that reads the encoder of a model that has a decoder too.
+            Where all heads of a call do, the decoder does not run.
         loss: The loss, by its name or as ``{"type": name, ...}`` with its parameters; see
             `flexheads.heads.losses`. None is the type's own.
     """
 
     dropout_prob: float | None = None
     hidden_layer: int | str | None = None
+    side: str | None = None
     loss: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +63,8 @@ class HeadConfig(Config):
         layer = self.hidden_layer
         if layer is not None and layer != "mix" and type(layer) is not int:
             raise ConfigError(f'hidden_layer={layer!r} should be a whole number, "mix", or None.')
+        if self.side not in (None, "encoder"):
+            raise ConfigError(f'side={self.side!r} should be "encoder" or None.')
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,8 +112,8 @@ class PooledConfig(FeedForwardConfig):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LabelledConfig(FeedForwardConfig):
-    """Configuration of a head with named labels.
+class NamedLabelsConfig(HeadConfig):
+    """Configuration of a head with named labels, whatever it is made of.
 
     Attributes:
         num_labels: Size of the output.
@@ -130,6 +135,11 @@ class LabelledConfig(FeedForwardConfig):
         return {
             number: label for label, number in sorted(self.label2id.items(), key=lambda i: i[1])
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LabelledConfig(NamedLabelsConfig, FeedForwardConfig):
+    """Configuration of a head of linear layers with named labels."""
 
 
 def check_names(label2id: Mapping[str, int] | None, count: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 
 from flexheads.errors import UnsupportedError
 from flexheads.heads.layers import LayerMix
@@ -31,6 +32,8 @@ class Features:
         hidden_states: The hidden states of every layer, where a head asked for them.
         first: Where a prompt stands before the input, the state at the first position of both:
             `pooled` reads it, as the poolers of models do.
+        patches_from: Where the positions of patches begin, in a model of images.
+        read: Mask and ids of the positions of the encoder, where the model has a decoder too.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class Features:
         rescore: Callable[[Tensor, Tensor], Tensor] | None = None,
         first: Tensor | None = None,
         hidden_states: tuple[Tensor, ...] | None = None,
+        patches_from: int = 1,
+        read: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> None:
         self.output, self.pooling = output, pooling
         self.pad, self.eos, self.scale = pad, eos, scale
@@ -59,7 +64,8 @@ class Features:
         self.undo = undo or (lambda hidden: hidden)
         self.rescore = rescore or (lambda hidden, logits: logits)
         self.hidden_states = hidden_states
-        self._first = first
+        self._first, self._read = first, read
+        self.patches_from = patches_from
         self._pooled: dict[str, Tensor] = {} if first is None else {"first_token": first}
 
     def pooled(self, pooling: str | None = None) -> Tensor:
@@ -98,6 +104,33 @@ class Features:
             )
         hidden = states[layer] if isinstance(layer, int) else layer(states)
         return self._with(lambda value: value, self.undo, self.rescore, hidden)
+
+    @property
+    def encoder(self) -> Features:
+        """The features of the encoder of a model that has a decoder too.
+
+        Raises:
+            UnsupportedError: If the model has no such sides.
+        """
+        output = self.output
+        if "encoder_last_hidden_state" not in output:
+            raise UnsupportedError('This model has one side; add the head without side="encoder".')
+        states = output.get("encoder_hidden_states")
+        own = {"last_hidden_state": output.encoder_last_hidden_state, "hidden_states": states}
+        mask, ids = self._read
+        return Features(
+            BaseModelOutput(**own, attentions=output.get("encoder_attentions")),
+            pooling=self.pooling,
+            pad=self.pad,
+            eos=self.eos,
+            attention_mask=mask,
+            input_ids=ids,
+            choices=self.choices,
+            embeddings=self.embeddings,
+            undo=self.undo,
+            rescore=self.rescore,
+            hidden_states=states,
+        )
 
     @property
     def scaled(self) -> Tensor:
@@ -152,4 +185,6 @@ class Features:
             rescore=rescore,
             first=cut(self._first) if hidden is None else None,
             hidden_states=cut(self.hidden_states),
+            patches_from=self.patches_from,
+            read=(cut(self._read[0]), cut(self._read[1])),
         )

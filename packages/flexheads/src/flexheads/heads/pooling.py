@@ -23,7 +23,7 @@ def pool(features: Features, kind: str) -> Tensor:
         kind: ``first_token``; ``last_token``, the last that is no padding, on whichever side that
             is; ``eos``, the last end-of-sequence token; ``mean`` and ``max`` over all that are no
             padding; ``pooler``, what the model's trained pooler gives; for images ``patch_mean``
-            over all but the first position, and ``first_token_and_patch_mean``, both in one
+            over all but the first position and registers, and ``first_token_and_patch_mean``, both in one
             vector of twice the size.
 
     Raises:
@@ -44,6 +44,19 @@ def real_positions(features: Features) -> Tensor | None:
         return None
     # In a generation step only the last positions are at hand; a prompt puts some in front.
     return functional.pad(mask[:, -length:], (max(0, length - mask.shape[1]), 0), value=True)
+
+
+def real_mean(values: Tensor, real: Tensor | None) -> Tensor:
+    """The mean of each row over the positions that are no padding.
+
+    Args:
+        values: ``(batch, sequence, any)``.
+        real: Which positions are no padding, ``(batch, sequence)``; None is all.
+    """
+    if real is None:
+        return values.mean(dim=1)
+    weights = real.to(values.dtype).unsqueeze(-1)
+    return (values * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
 
 
 def _first_token(features: Features) -> Tensor:
@@ -69,11 +82,7 @@ def _eos(features: Features) -> Tensor:
 
 
 def _mean(features: Features) -> Tensor:
-    real, hidden = real_positions(features), features.hidden
-    if real is None:
-        return hidden.mean(dim=1)
-    weights = real.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+    return real_mean(features.hidden, real_positions(features))
 
 
 def _max(features: Features) -> Tensor:
@@ -84,7 +93,7 @@ def _max(features: Features) -> Tensor:
 
 
 def _patch_mean(features: Features) -> Tensor:
-    return features.hidden[:, 1:].mean(dim=1)
+    return features.hidden[:, features.patches_from :].mean(dim=1)
 
 
 def _first_token_and_patch_mean(features: Features) -> Tensor:

@@ -1,0 +1,170 @@
+"""X-vectors: one vector for a voice, trained to tell speakers apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import XVectorOutput
+
+from flexheads.errors import ConfigError
+from flexheads.heads.base import PredictionHead
+from flexheads.heads.config import HeadConfig, check_names
+from flexheads.heads.features import Features
+from flexheads.heads.frames import frame_lengths
+from flexheads.heads.labels import InputShape, check_indices
+from flexheads.heads.outputs import head_output
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class XVectorConfig(HeadConfig):
+    """Configuration of `XVectorHead`; the sizes are those of SUPERB.
+
+    Attributes:
+        num_labels: Number of speakers to train on.
+        label2id: The name of each speaker, to its number.
+        sizes: Sizes of the convolutions over frames; the first is that of the projection too.
+        kernels: How many frames each convolution reads.
+        dilations: How far apart these are.
+        embedding_size: Size of the vectors.
+        scale: What cosines are multiplied by in the loss.
+        margin: How much smaller the right cosine is made in the loss.
+    """
+
+    num_labels: int
+    label2id: Mapping[str, int] | None = None
+    sizes: Sequence[int] = (512, 512, 512, 512, 1500)
+    kernels: Sequence[int] = (5, 3, 3, 1, 1)
+    dilations: Sequence[int] = (1, 2, 3, 1, 1)
+    embedding_size: int = 512
+    scale: float = 30.0
+    margin: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.label2id, self.num_labels)
+        if not len(self.sizes) == len(self.kernels) == len(self.dilations) > 0:
+            raise ConfigError(
+                f"sizes={self.sizes!r}, kernels={self.kernels!r} and dilations={self.dilations!r} "
+                "should have one value for each convolution."
+            )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each speaker by number; ``LABEL_0`` and so on where none was given."""
+        names = self.label2id or {f"LABEL_{n}": n for n in range(self.num_labels)}
+        return {number: name for name, number in sorted(names.items(), key=lambda i: i[1])}
+
+
+class _Convolution(nn.Module):
+    """One time-delay layer: a dilated convolution over frames, and ReLU."""
+
+    def __init__(self, inputs: int, size: int, kernel: int, dilation: int) -> None:
+        super().__init__()
+        self.inputs, self.width, self.dilation = inputs, kernel, dilation
+        self.kernel = nn.Linear(inputs * kernel, size)  # frame by frame, as checkpoints have it
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(batch, frames, inputs)`` to ``(batch, fewer frames, size)``."""
+        weight = self.kernel.weight.view(-1, self.width, self.inputs).transpose(1, 2)
+        hidden = functional.conv1d(
+            hidden.transpose(1, 2), weight, self.kernel.bias, dilation=self.dilation
+        )
+        return hidden.transpose(1, 2).relu()
+
+
+class XVectorHead(PredictionHead):
+    """Vectors of voices (x-vectors, Snyder et al. 2018), by an additive margin (arXiv:1801.05599).
+
+    The output's ``embeddings`` are the vectors, ``(batch, embedding_size)``; ``logits``, of the
+    same size, is what the loss compares with one direction for each speaker.
+    """
+
+    head_type = "xvector"
+    config_class = XVectorConfig
+
+    def __init__(self, name: str, config: XVectorConfig, model_config: PretrainedConfig) -> None:
+        super().__init__(name, config, model_config)
+        sizes, size = list(config.sizes), config.embedding_size
+        self.projector = nn.Linear(self.hidden_size, sizes[0])
+        layers = zip([sizes[0], *sizes], sizes, config.kernels, config.dilations, strict=False)
+        self.tdnn = nn.ModuleList(_Convolution(*layer) for layer in layers)
+        self.embedding = nn.Linear(2 * sizes[-1], size)
+        self.output = nn.Linear(size, size)
+        self.speakers = nn.Parameter(torch.randn(size, config.num_labels))
+        self.initialise()
+
+    @classmethod
+    def labels_in(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int | None:
+        """See `PredictionHead.labels_in`; there is one direction for each speaker."""
+        speakers = tensors.get("speakers")
+        return None if speakers is None else int(speakers.shape[1])
+
+    @property
+    def num_outputs(self) -> int:
+        return int(self.config.num_labels)
+
+    def check_labels(self, labels: Mapping[str, Any], shape: InputShape) -> None:
+        if (given := labels.get("labels")) is not None:
+            shapes = [(shape.rows,), (shape.rows, 1)]
+            check_indices(f"labels of head {self.name!r}", given, self.num_outputs, shapes)
+
+    def forward(self, features: Features, **labels: Any) -> Any:
+        """See `PredictionHead.forward`; ``labels`` is ``(batch,)``, the number of the speaker.
+
+        Raises:
+            ConfigError: If a row has fewer than two frames behind the convolutions.
+        """
+        hidden = self.projector(features.hidden)
+        for layer in self.tdnn:
+            hidden = layer(hidden)
+        vectors = self.embedding(_statistics(hidden, self._lengths(features)))
+        logits, given = self.output(vectors), labels.get("labels")
+        return head_output(
+            XVectorOutput,
+            features.output,
+            loss=None if given is None else self._margin_loss(logits, given.reshape(-1)),
+            logits=logits,
+            embeddings=vectors,
+        )
+
+    def _lengths(self, features: Features) -> Tensor:
+        """Real frames behind the convolutions; as in SUPERB, dilations are not counted."""
+        lost = sum(kernel - 1 for kernel in self.config.kernels)
+        lengths = frame_lengths(features) - lost
+        if not torch.compiler.is_compiling() and bool((lengths < 2).any()):
+            raise ConfigError(
+                f"Head {self.name!r} needs at least {lost + 2} frames of every sound, and one of "
+                f"these has {int(lengths.min()) + lost}: give longer sounds, or smaller kernels."
+            )
+        return lengths
+
+    def _margin_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of scaled cosines, the right one less the margin (equations 6 and 7)."""
+        directions = functional.normalize(self.speakers, dim=0)
+        cosines = functional.normalize(logits, dim=1) @ directions
+        right = functional.one_hot(labels.clamp(min=0), self.num_outputs)
+        return self.loss(self.config.scale * (cosines - self.config.margin * right), labels)
+
+
+def _statistics(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """Mean and standard deviation over the first frames of each row.
+
+    Args:
+        hidden: ``(batch, frames, size)``.
+        lengths: ``(batch,)``, at least two.
+
+    Returns:
+        ``(batch, 2 * size)``.
+    """
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    real = (positions < lengths.unsqueeze(1)).unsqueeze(-1).to(hidden.dtype)
+    count = real.sum(dim=1)
+    mean = (hidden * real).sum(dim=1) / count
+    squares = ((hidden - mean.unsqueeze(1)) ** 2 * real).sum(dim=1)
+    return torch.cat([mean, (squares / (count - 1)).sqrt()], dim=-1)
