@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,14 +11,24 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
-from flexheads.errors import UnsupportedError
-from flexheads.heads.config import FeedForwardConfig, HeadConfig, PooledConfig
+from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.heads.config import FeedForwardConfig, HeadConfig, LabelledConfig, PooledConfig
 from flexheads.heads.features import Features
+from flexheads.heads.inputs import Samples, Texts
 from flexheads.heads.labels import InputShape
 from flexheads.heads.layers import AttentionPooling, LayerMix, Stacked
 from flexheads.heads.losses import ONE_OF_MANY, Loss, loss_function
 from flexheads.heads.pooling import WIDTHS, real_positions
 from flexheads.heads.source import Source
+from flexheads.specs import ArchitectureSpec, Need
+
+_WITHOUT: dict[Need, str] = {
+    "tokens": "neither reads nor writes tokens",
+    "pixels": "reads no images",
+    "sound": "reads no sound",
+    "decoder": "has no decoder beside an encoder",
+}
+"""What a model does that lacks what a type of head needs."""
 
 
 class PredictionHead(nn.Module):
@@ -35,8 +46,13 @@ class PredictionHead(nn.Module):
     config_class: ClassVar[type[HeadConfig]]
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     """The keyword arguments of the model's forward that are this type's labels."""
+    needs: ClassVar[Need | None] = None
+    """What a model must read, or have, for heads of this type; None is any sequence of states."""
     writes_labels: ClassVar[bool] = False
     """Whether its ``labels`` are what a decoder shall write, so that they also are its input."""
+    samples: ClassVar[Samples] = Texts()
+    """What `predict` takes, on a model that reads text."""
+    _owner: weakref.ref[Any] | None = None
 
     def __init__(self, name: str, config: Any, model_config: PretrainedConfig) -> None:
         super().__init__()
@@ -44,9 +60,30 @@ class PredictionHead(nn.Module):
         self.hidden_size = int(model_config.hidden_size)
         self.initializer_range = float(getattr(model_config, "initializer_range", 0.02))
         self.dropout_prob = _dropout(config, model_config)
+        if config.hidden_layer is not None:
+            states = _depth(model_config, config.side) + 1
+            check_layer(config.hidden_layer, states)
         if config.hidden_layer == "mix":
-            self.mix = LayerMix(_depth(model_config) + 1)
+            self.mix = LayerMix(states)
         self.loss: Loss = loss_function(config.loss, self.losses, self.num_outputs)
+
+    @classmethod
+    def check_architecture(cls, spec: ArchitectureSpec) -> None:
+        """Refuses an architecture that lacks what heads of this type need.
+
+        Raises:
+            UnsupportedError: If so; the message says what it lacks.
+        """
+        if spec.pooling is None:
+            raise UnsupportedError(
+                f"{spec.with_heads} gives no sequence of states that a head could read. Add heads "
+                "to a model of one of its parts."
+            )
+        if cls.needs is not None and cls.needs not in spec.gives:
+            raise UnsupportedError(
+                f"Heads of type {cls.head_type!r} are not for a {spec.with_heads}, which "
+                f"{_WITHOUT[cls.needs]}."
+            )
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -57,6 +94,15 @@ class PredictionHead(nn.Module):
     def num_outputs(self) -> int:
         """How many scores it gives, of each sequence or each token."""
         return 1
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The name of each label, or choice, by its number; None where it has none."""
+        names: Mapping[str, int] | None = self.config.get("label2id")
+        if names is None:
+            found: dict[int, str] | None = getattr(self.config, "id2label", None)
+            return found
+        return {number: name for name, number in sorted(names.items(), key=lambda own: own[1])}
 
     @abstractmethod
     def forward(self, features: Features, **labels: Any) -> ModelOutput:
@@ -71,9 +117,21 @@ class PredictionHead(nn.Module):
         """
 
     def view(self, features: Features) -> Features:
-        """The features as this head reads them: those of its hidden layer."""
+        """The features as this head reads them: those of its side and its hidden layer."""
         layer = self.config.hidden_layer
+        if self.config.side == "encoder":
+            features = features.encoder
         return features.at(self.mix if layer == "mix" else layer)
+
+    @classmethod
+    def labels_in(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int | None:
+        """The number of labels, read off saved tensors; None where there is none to read.
+
+        Args:
+            config: Its saved configuration.
+            tensors: Its saved tensors.
+        """
+        return None
 
     def check_labels(self, labels: Mapping[str, Any], shape: InputShape) -> None:
         """Refuses labels that cannot be, before the backbone runs.
@@ -98,6 +156,29 @@ class PredictionHead(nn.Module):
             UnsupportedError: If the type has nothing to say, or needs what `source` lacks.
         """
         raise UnsupportedError(f"Heads of type {self.head_type!r} do not decode.")
+
+    def predict(self, tokenizer: Any, samples: Any, **arguments: Any) -> Any:
+        """What this head says of samples: `predict` of the model that it is in.
+
+        Args:
+            tokenizer: The tokenizer; None loads what was saved with the model.
+            samples: The samples.
+            arguments: The further arguments of the model's method.
+
+        Raises:
+            ConfigError: If it is in no model.
+        """
+        model = None if self._owner is None else self._owner()
+        if model is None or self.name not in model.heads or model.heads[self.name] is not self:
+            raise ConfigError(
+                f"Head {self.name!r} is in no model, so it cannot predict. Copy, pickle or save "
+                "the model that it belongs to, or call that model's predict."
+            )
+        return model.predict(self.name, samples, tokenizer, **arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a head alone leave its model behind."""
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written into files, with its ``head_type``."""
@@ -126,10 +207,15 @@ class FeedForwardHead(PredictionHead):
 
     def __init__(self, name: str, config: Any, model_config: PretrainedConfig) -> None:
         super().__init__(name, config, model_config)
-        width = self.hidden_size * self.width
-        sizes = [width] + [self.hidden_size] * (config.layers - 1) + [self.num_outputs]
-        self.layers = Stacked(sizes, config, self.dropout_prob, norm_eps(model_config))
+        self.layers = Stacked(self.sizes, config, self.dropout_prob, norm_eps(model_config))
         self.initialise()
+
+    @classmethod
+    def labels_in(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int | None:
+        """See `PredictionHead.labels_in`; they are the outputs of the last layer."""
+        last = tensors.get(f"layers.{config['layers'] - 1}.weight")
+        named = issubclass(cls.config_class, LabelledConfig) and last is not None
+        return int(last.shape[0]) if named and last is not None else None
 
     @property
     def width(self) -> int:
@@ -139,6 +225,12 @@ class FeedForwardHead(PredictionHead):
     @property
     def num_outputs(self) -> int:
         return int(self.config.num_labels)
+
+    @property
+    def sizes(self) -> list[int]:
+        """From the size of what it reads to that of its scores, a layer between each two."""
+        between = [self.hidden_size] * (self.config.layers - 1)
+        return [self.hidden_size * self.width, *between, self.num_outputs]
 
     def read(self, features: Features) -> Tensor:
         """What the first layer gets: every token, ``(batch, sequence, hidden)``."""
@@ -180,6 +272,23 @@ class PooledHead(FeedForwardHead):
         return features.pooled(self.config.pooled_by)
 
 
+def check_layer(layer: int | str, states: int) -> None:
+    """Refuses a hidden layer that a model does not have.
+
+    Args:
+        layer: Number of the hidden states, or ``"mix"``.
+        states: How many there are, those of the embeddings among them.
+
+    Raises:
+        ConfigError: If there is none of that number.
+    """
+    if isinstance(layer, int) and not -states <= layer < states:
+        raise ConfigError(
+            f"hidden_layer={layer}, but this model has {states} hidden states: 0 are the "
+            f"embeddings, and {states - 1} or -1 is the last layer."
+        )
+
+
 def norm_eps(model_config: PretrainedConfig) -> float:
     """The epsilon of the model's own layer norms."""
     names = ("layer_norm_eps", "norm_eps")
@@ -192,9 +301,9 @@ def _dropout(config: HeadConfig, model_config: PretrainedConfig) -> float:
     return float(next(value for value in values if value is not None))
 
 
-def _depth(model_config: PretrainedConfig) -> int:
-    """Layers behind the hidden states that heads read; the decoder's where there is one."""
+def _depth(model_config: PretrainedConfig, side: str | None) -> int:
+    """Layers behind the hidden states that heads read; the decoder's unless a side is named."""
     two_sides = getattr(model_config, "is_encoder_decoder", False)
-    names = ["decoder_layers", "num_decoder_layers"] if two_sides else []
-    names.append("num_hidden_layers")
+    names = ["decoder_layers", "num_decoder_layers"] if two_sides and side is None else []
+    names += ["encoder_layers", "num_hidden_layers"]
     return int(next(getattr(model_config, name) for name in names if hasattr(model_config, name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,23 @@ from torch import nn
 
 from flexheads.checkpoints.bundle import Bundle, SavedHead, SavedStaticHead
 from flexheads.checkpoints.transfer import fill
-from flexheads.composition import Block, Setup
+from flexheads.composition import Block, Rows, Setup
 from flexheads.conversion.to_flex import convert_to_flexible, untie
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError, UnsupportedError
 from flexheads.heads.base import PredictionHead
-from flexheads.heads.config import LabelledConfig, label_names
+from flexheads.heads.config import HeadConfig, PooledConfig, label_names
+from flexheads.heads.custom import class_of
 from flexheads.models.container import NamedModules
 from flexheads.models.files import reading
-from flexheads.models.setups import SetupMixin
+from flexheads.models.head_labels import HeadLabelsMixin, with_names
+from flexheads.models.tasks import routes_of_rows
 from flexheads.plan import HeadRoute
-from flexheads.plugins import registry, resolve
+from flexheads.plugins import registry
 from flexheads.routing import route, step_name
 from flexheads.sites.base import place
 
 
-class HeadsMixin(SetupMixin):
+class HeadsMixin(HeadLabelsMixin):
     """Named prediction heads of any installed type.
 
     Attributes:
@@ -50,11 +53,14 @@ class HeadsMixin(SetupMixin):
             head_type: Its type, as in `flexheads.plugins.Registry.head_types`.
             overwrite_ok: Replace a head of that name.
             set_active: Make it the active head.
-            config: The fields of the type's configuration.
+            config: The fields of the type's configuration. Labels can be named by ``id2label`` or
+                ``label2id``, and need not be counted then.
 
         Raises:
             ConfigError: If the name is taken, or the configuration has no such field or value.
+            LabelError: If names of labels contradict each other or the number of labels.
             UnknownNameError: If no such type is installed.
+            UnsupportedError: If the model lacks what the head would read.
         """
         self._refuse_taken("head", head_name, overwrite_ok)
         self._install_head(self._build_head(head_name, head_type, config))
@@ -85,26 +91,55 @@ class HeadsMixin(SetupMixin):
         tolerant: bool = False,
     ) -> PredictionHead:
         """A new head that is not in the model yet, placed where the backbone ends."""
-        if self._attachment.spec.pooling is None:
-            raise UnsupportedError(
-                f"{type(self).__name__} gives no sequence of states that a head could read. Add "
-                "heads to a model of one of its parts."
-            )
-        head_class = resolve(registry().head_type(head_type, provider=provider).head)
+        head_class = class_of(head_type, provider)
+        head_class.check_architecture(self._attachment.spec)
         backbone = self._attachment.backbone
-        fields = head_class.config_class.from_dict(config, tolerant=tolerant)
+        kind = head_class.config_class
+        fields = kind.from_dict(with_names(kind, config), tolerant=tolerant)
+        self._check_pooler(name, fields)
         head: PredictionHead = head_class(name, fields, backbone.config)
         place(head, backbone, which=-1)
         return head.train(self.training)
 
+    def _check_pooler(self, name: str, config: HeadConfig) -> None:
+        """Refuses a head that reads the trained pooler where that is not, or reads another layer.
+
+        Raises:
+            UnsupportedError: If so.
+        """
+        spec, backbone = self._attachment.spec, self._attachment.backbone
+        if not isinstance(config, PooledConfig) or config.pooled_by not in ("pooler", None):
+            return
+        if (config.pooled_by or spec.pooling) != "pooler" or config.get("late"):
+            return
+        if not spec.pooler or getattr(backbone, "pooler", backbone) is None:
+            raise UnsupportedError(
+                f"Head {name!r} reads the trained pooler, and this {type(backbone).__name__} has "
+                "none. Add the head with use_pooler=False, or with another pooling."
+            )
+        if config.hidden_layer is not None:
+            raise UnsupportedError(
+                f"Head {name!r} reads hidden_layer={config.hidden_layer!r}, but the trained pooler "
+                'reads the last layer. Choose another pooling, such as "mean" or "first_token".'
+            )
+
     def _install_head(self, head: PredictionHead) -> None:
         self.heads.put(head.name, head)
+        head._owner = weakref.ref(self)
         self._changed()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled models take the heads that came with them for their own."""
+        super().__setstate__(state)
+        for head in self.heads.values():
+            if head._owner is None:
+                head._owner = weakref.ref(self)
 
     def _changed(self) -> None:
         super()._changed()
         config = self._attachment.backbone.config
         config.prediction_heads = {name: head.to_dict() for name, head in self.heads.items()}
+        self._show_labels()
 
     # --- what is active -----------------------------------------------------------------------
 
@@ -131,15 +166,7 @@ class HeadsMixin(SetupMixin):
         skip_layers: tuple[int, ...] | None = None,
     ) -> None:
         super()._activate(setup, heads, skip_layers)
-        if len(heads) == 1:
-            self._show_labels(self.heads[heads[0].head])
-
-    def _show_labels(self, head: PredictionHead) -> None:
-        """Lets the model's configuration name the labels of the active head."""
-        if isinstance(head.config, LabelledConfig):
-            config = self._attachment.backbone.config
-            config.id2label = head.config.id2label
-            config.label2id = {label: number for number, label in config.id2label.items()}
+        self._show_labels()
 
     def _routes(self, head: str | Sequence[str] | None) -> tuple[HeadRoute, ...]:
         if not isinstance(head, str | list | tuple | None):
@@ -187,6 +214,8 @@ class HeadsMixin(SetupMixin):
         self, block: Block | None, adapter_names: Setup, head: Any
     ) -> tuple[HeadRoute, ...]:
         current = self._attachment.runtime.active.heads
+        if isinstance(head, Rows):
+            return routes_of_rows(head, self.heads.keys(), route(block))
         if head is not None:
             return self._routes(head)
         if adapter_names is not None and not route(block).single:
@@ -195,30 +224,6 @@ class HeadsMixin(SetupMixin):
 
     def _active_head_modules(self) -> list[nn.Module]:
         return [self.heads[r.head] for r in self._attachment.runtime.active.heads]
-
-    # --- labels -------------------------------------------------------------------------------
-
-    def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
-        """The label names of a head by number.
-
-        Args:
-            head_name: The head; None is the active one.
-
-        Raises:
-            UnknownNameError: If there is no such head, or none is active.
-            UnsupportedError: If the head has no labels.
-        """
-        name = self.active_head if head_name is None else head_name
-        if not isinstance(name, str):
-            raise UnknownNameError("active head", name, self.heads, "Name one.")
-        config = self.heads[name].config
-        if not isinstance(config, LabelledConfig):
-            raise UnsupportedError(f"Head {name!r} has no labels.")
-        return config.id2label
-
-    def get_labels(self, head_name: str | None = None) -> list[str]:
-        """The label names of a head in order; see `get_labels_dict`."""
-        return list(self.get_labels_dict(head_name).values())
 
     # --- files --------------------------------------------------------------------------------
 
@@ -313,8 +318,8 @@ class HeadsMixin(SetupMixin):
         self, head: SavedHead, bundle: Bundle, id2label: Mapping[int, str] | None
     ) -> PredictionHead:
         config = {key: value for key, value in head.config.items() if key != "head_type"}
-        if id2label is not None and "num_labels" in config:
-            config |= label_names(config["num_labels"], id2label)
+        if id2label is not None:
+            config = {k: v for k, v in config.items() if k != "label2id"} | {"id2label": id2label}
         built = self._build_head(
             head.name, head.config["head_type"], config, bundle.head_from.provider, True
         )

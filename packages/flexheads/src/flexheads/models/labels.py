@@ -47,14 +47,38 @@ def take_labels(
         )
     by_head = labels.get("labels")
     if not isinstance(by_head, Mapping):
+        _refuse_unread(labels, names, heads)
         return dict.fromkeys(names, labels)
     if unknown := [name for name in by_head if name not in names]:
         raise UnknownNameError("active head", unknown[0], names)
-    return {
+    if beside := [key for key in labels if key != "labels"]:
+        raise LabelError(
+            f"{', '.join(beside)} given beside labels for each head, so that it is not clear for "
+            "which head. Put them into labels, as {head: {argument: value}}."
+        )
+    given = {
         name: value if isinstance(value, Mapping) else {"labels": value}
         for name, value in by_head.items()
         if value is not None
     }
+    for name, own_labels in given.items():
+        _refuse_unread(own_labels, [name], heads)
+    return given
+
+
+def _refuse_unread(
+    labels: Labels, names: Sequence[str], heads: NamedModules[PredictionHead]
+) -> None:
+    """Refuses labels that none of the heads reads, which otherwise had no effect.
+
+    Raises:
+        LabelError: If there are any.
+    """
+    read = {name: heads[name].label_names for name in names}
+    unread = [key for key in labels if not any(key in own for own in read.values())]
+    if unread:
+        reads = "; ".join(f"{name!r} reads {', '.join(own)}" for name, own in read.items())
+        raise LabelError(f"{', '.join(unread)} given, but no active head reads that: {reads}.")
 
 
 def labels_by_route(

@@ -113,8 +113,7 @@ class AdapterModelMixin(MergingMixin):
         self.adapters.drop(adapter_name)
         self._sync(self.adapters.values())
         self._changed()
-        heads = heads if keep is setup else self._heads_for(keep, heads)
-        self._attachment.runtime.active = self._make_plan(keep, heads)
+        self._activate(keep, heads if keep is setup else self._heads_for(keep, heads))
 
     def get_adapter(self, adapter_name: str) -> Adapter:
         """The adapter's module.

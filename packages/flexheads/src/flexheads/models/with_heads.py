@@ -10,34 +10,42 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from flexheads.composition import Setup
+from flexheads.composition import Rows, Setup
 from flexheads.errors import UnsupportedError
 from flexheads.heads.features import Features
 from flexheads.heads.outputs import MultiHeadOutput
-from flexheads.models.add_heads import AddHeadsMixin
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
+from flexheads.models.encoding import encode
+from flexheads.models.generating_classes import configure_generation, generation_bases
+from flexheads.models.generation import GenerationPlan, joined, keeping, known_to
 from flexheads.models.inputs import (
+    among,
+    batch_size,
     flatten_choices,
     repeat_rows,
     with_decoder_inputs,
 )
 from flexheads.models.labels import USUAL, Labels, labels_by_route, take_labels
+from flexheads.models.loss_weights import LossWeightsMixin
+from flexheads.models.predicting import PredictMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.signature import signed
+from flexheads.models.stacking import HeadStacks
+from flexheads.models.tasks import take_tasks
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
-from flexheads.plan import Plan
+from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import EMBEDDINGS, LATE_EMBEDDINGS, TOKENS
 from flexheads.sites.base import argument_names
 from flexheads.sites.embedding import undo_in_turn
-from flexheads.sites.prompt import POOLED
+from flexheads.sites.prompt import POOLED, PROMPT
 from flexheads.specs import ArchitectureSpec
 
-_ARGUMENTS = (*USUAL, "adapter_names", "head", "return_dict", *ARGUMENTS)
+_ARGUMENTS = (*USUAL, "adapter_names", "head", "task", "tasks", "return_dict", *ARGUMENTS)
 
 
-class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
+class ModelWithHeads(WholeModelMixin, AveragingMixin, PredictMixin, LossWeightsMixin):
     """A backbone with named adapters and named heads; see `with_heads_class`."""
 
     spec: ClassVar[ArchitectureSpec]
@@ -56,8 +64,14 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         assert backbone is not None
         setattr(self, self.base_model_prefix, backbone)
         self.heads = NamedModules("head")
+        self._stacks = HeadStacks()
+        self.loss_weights = NamedModules("head")
         self._attach(self.spec, backbone)
         self.post_init()  # type: ignore[operator]
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._stacks.clear()
 
     def init_weights(self) -> None:
         """Nothing: the backbone has initialised itself, and heads and adapters come later."""
@@ -78,8 +92,10 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         if not cls.backbone_class.base_model_prefix:  # or it would not find itself in a file
             kwargs.setdefault("key_mapping", {rf"^{cls.base_model_prefix}\.": ""})
+        how_to_generate = kwargs.pop("generation_config", None)
         backbone, info = load_backbone(cls.backbone_class, path, *args, **kwargs)
         model = cls(backbone.config, backbone=backbone)
+        configure_generation(model, how_to_generate, path, kwargs)
         restore(model, path, kwargs)
         model.eval()
         return (model, info) if wants_info else model
@@ -88,7 +104,7 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         self,
         *args: Any,
         adapter_names: Setup = None,
-        head: str | list[str] | None = None,
+        head: str | list[str] | Rows | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -97,10 +113,12 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         Args:
             args: The backbone's inputs, in its own order.
             adapter_names: The adapters of this call; None is the active setup, an empty list none.
-            head: The head or heads of this call; None is the active one, an empty list none.
+            head: The head or heads of this call; None is the active one, an empty list none, `Rows`
+                one for each row.
             return_dict: False for a plain tuple.
             kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
-                ``end_positions`` for one head, or ``labels={head: ...}`` for several;
+                ``end_positions`` for one head, or ``labels={head: ...}`` for several; ``task``, the
+                task of each row, in place of ``head``, and ``tasks``, see `flexheads.models.tasks`;
                 ``output_adapter_gating_scores`` and ``output_adapter_fusion_attentions``.
 
         Returns:
@@ -115,15 +133,21 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         if asked := take_asked(kwargs):
             how: Any = {"adapter_names": adapter_names, "head": head, "return_dict": return_dict}
             return with_scores(self, asked, lambda: self.forward(*args, **how, **kwargs))
+        adapter_names, head = take_tasks(kwargs, self, adapter_names, head)
         plan = self._call_plan(adapter_names, head)
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
+        keep = inputs.pop("logits_to_keep", 0)
+        if isinstance(plan, GenerationPlan):
+            inputs = known_to(self.input_names, inputs)
+            plan = plan.for_rows(batch_size(inputs))
         labels = take_labels(inputs, plan, self.heads)
-        if getattr(self.config, "is_encoder_decoder", False):
+        if getattr(self.config, "is_encoder_decoder", False) and not self._only_encodes(plan):
             starts_with = self.spec.decoder_starts_with
             written = self._written(plan, labels)
             inputs = with_decoder_inputs(inputs, written, self.config, starts_with)
         inputs, choices = flatten_choices(inputs)
         own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
+        own_labels = keeping(keep, own_labels, plan, self.heads)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
         with self._enter(plan):
@@ -139,15 +163,27 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
     ) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The backbone's output, and the states of every layer where a head reads them."""
         backbone = self._attachment.backbone
-        if all(self.heads[route.head].config.hidden_layer is None for route in plan.heads):
+        configs = [self.heads[route.head].config for route in plan.heads]
+        if self._only_encodes(plan):
+            backbone = functools.partial(encode, backbone)
+        if all(config.hidden_layer is None for config in configs):
             return backbone(**inputs, return_dict=True), None
         output = backbone(**{**inputs, "output_hidden_states": True}, return_dict=True)
         name = "hidden_states" if "hidden_states" in output else "decoder_hidden_states"
         states = output[name]
         if not inputs.get("output_hidden_states", self.config.output_hidden_states):
-            unasked = (name, "encoder_hidden_states")  # nobody else wants them
+            encoded = any(config.side == "encoder" for config in configs)
+            unasked = (name,) if encoded else (name, "encoder_hidden_states")
             output = type(output)(**{k: v for k, v in output.items() if k not in unasked})
         return output, states
+
+    def _only_encodes(self, plan: Plan) -> bool:
+        """Whether all heads read the encoder, so that the decoder need not run.
+
+        Prompts join where the whole backbone is called.
+        """
+        sides = {self.heads[route.head].config.side for route in plan.heads}
+        return sides == {"encoder"} and PROMPT not in plan.ops
 
     def _features(
         self,
@@ -172,7 +208,16 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
             rescore=None if tokens is None else tokens.scores,
             first=self._attachment.runtime.take(POOLED),
             hidden_states=states,
+            # Registers stand between the first position and the patches (arXiv:2309.16588).
+            patches_from=1 + (getattr(self.config, "num_register_tokens", None) or 0),
+            read=self._encoder_positions(inputs),
         )
+
+    def _encoder_positions(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and ids of the encoder's positions; sound has become fewer, and is not masked."""
+        if self._reads_sound():
+            return None, None
+        return inputs.get("attention_mask"), inputs.get("input_ids")
 
     def _reads_sound(self) -> bool:
         """Whether an encoder reads sound, so that the tokens of heads are the decoder's own."""
@@ -204,23 +249,33 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, AddHeadsMixin):
         return next((value for value in given if value is not None), None)
 
     def _run_heads(self, plan: Plan, features: Features, labels: Sequence[Labels]) -> Any:
-        routing, outputs = plan.routing, []
-        for route, given in zip(plan.heads, labels, strict=True):
-            head, own = self.heads[route.head], features
-            if route.chain is not None and not routing.single:
-                rows = routing.rows(features.hidden.shape[0])[route.chain]
-                own = _rows_of(features, plan, route.chain, rows)
-            outputs.append((route.head, head(head.view(own), **given)))
-        return outputs[0][1] if len(outputs) == 1 and _is_whole(plan) else MultiHeadOutput(outputs)
+        def seen(route: HeadRoute) -> Features:
+            rows = plan.rows_of(route, features.hidden.shape[0])
+            return features if rows is None else _features_of(features, plan, route, rows)
+
+        found = self._stacks.run(plan, self.heads, seen, labels)
+        if isinstance(plan, GenerationPlan):
+            return joined(list(zip(plan.heads, found, strict=True)), plan, features.output)
+        outputs = [(route.head, own) for route, own in zip(plan.heads, found, strict=True)]
+        if len(outputs) == 1 and _is_whole(plan):
+            return outputs[0][1]
+        return MultiHeadOutput(outputs, self._total_loss(outputs))
 
 
-def _rows_of(features: Features, plan: Plan, chain: int, rows: list[int] | slice) -> Features:
-    tokens = plan.ops.get(TOKENS)
-    return features.select(
-        lambda t: t[rows],
-        _undoing(plan, chain),
-        None if tokens is None else tokens.for_chain(chain).scores,
-    )
+def _features_of(
+    features: Features, plan: Plan, route: HeadRoute, rows: list[int] | slice
+) -> Features:
+    """The features of the rows that a head sees."""
+    tokens, mixed = plan.ops.get(TOKENS), route.routing is not None and not plan.routing.single
+    if not mixed:
+        chain = route.chain if route.routing is None else None
+        own = tokens if tokens is None or chain is None else tokens.for_chain(chain)
+        undo, rescore = _undoing(plan, chain), None if own is None else own.scores
+    else:  # rows of one head that follow several chains
+        batch = features.hidden.shape[0]
+        undo = among(_undoing(plan), rows, batch)
+        rescore = among(None if tokens is None else tokens.scores, rows, batch)
+    return features.select(lambda t: t[rows], undo, rescore)
 
 
 def _undoing(plan: Plan, chain: int | None = None) -> Any:
@@ -233,7 +288,8 @@ def _undoing(plan: Plan, chain: int | None = None) -> Any:
 
 def _is_whole(plan: Plan) -> bool:
     """Whether the only head sees every row, so that its output is that of the call."""
-    return len(plan.heads) == 1 and (plan.heads[0].chain is None or plan.routing.single)
+    (route,) = plan.heads
+    return route.chain is None or (route.routing or plan.routing).single
 
 
 def _as_tuple(output: Any) -> Any:
@@ -258,6 +314,8 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         raise UnsupportedError(f"{spec.backbone} is no transformers model.")
     module = registry().provider_of(spec).module
     base = next(c for c in backbone.__mro__ if c.__name__.endswith("PreTrainedModel"))
+    generating = generation_bases(spec, backbone)
+    further = ("logits_to_keep",) if generating else ()
     body: dict[str, Any] = {
         # What transformers asks a class for; some backbones differ from their family in it.
         **{n: getattr(backbone, n) for n in dir(backbone) if n.startswith("_supports_")},
@@ -270,6 +328,7 @@ def with_heads_class(name: str) -> type[ModelWithHeads]:
         "config_class": backbone.config_class,
         # Some classes name no place where others hold them.
         "base_model_prefix": backbone.base_model_prefix or spec.prefixes[0],
-        "forward": signed(ModelWithHeads.forward, backbone.forward, _ARGUMENTS),
+        "main_input_name": backbone.main_input_name,
+        "forward": signed(ModelWithHeads.forward, backbone.forward, (*_ARGUMENTS, *further)),
     }
-    return type(name, (ModelWithHeads, base), body)
+    return type(name, (*generating[:1], ModelWithHeads, base, *generating[1:]), body)
