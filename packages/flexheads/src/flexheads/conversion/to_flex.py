@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from flexheads.checkpoints.bundle import SavedHead, SavedStaticHead
 from flexheads.conversion.rules import covers, fixed_config, flexible_tensors
 from flexheads.errors import CheckpointError
-from flexheads.plugins import registry, resolve
+from flexheads.heads.custom import class_of
 from flexheads.specs import HeadConversion, HeadRule
 
 _OWN_LABELS = ("next_sentence",)
@@ -57,7 +57,7 @@ def _convert(
     embeddings: Tensor | None,
 ) -> SavedHead:
     tensors = flexible_tensors(rule, head.tensors)
-    head_class = resolve(registry().head_type(rule.head_type).head)
+    head_class = class_of(rule.head_type)
     config = {"head_type": rule.head_type, **fixed_config(rule, model_config)}
     if rule.added_bias is not None:
         config["bias"] = "bias" in tensors
@@ -93,7 +93,7 @@ def untie(
         The configuration with ``tied`` decided, and the tensors that remain the head's.
     """
     config, tensors = dict(config), dict(tensors)
-    head_class = resolve(registry().head_type(config["head_type"], provider=provider).head)
+    head_class = class_of(config["head_type"], provider)
     can_tie = "tied" in head_class.config_class._names()
     if can_tie and config.get("tied") is None:
         weight = tensors.get("weight")

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flexheads.errors import ConfigError, UnknownNameError
+from flexheads.heads import row_losses
 
 IGNORED = -100
 """The label that does not count."""
@@ -104,6 +106,25 @@ def binary_focal(
     return losses.mean()
 
 
+def coral(
+    scores: Tensor, labels: Tensor, *, importance_weights: Sequence[float] | None = None
+) -> Tensor:
+    """Loss of ordinal regression (CORAL, arXiv:1901.07884), the mean over the rows.
+
+    Args:
+        scores: ``(rows, levels - 1)``, of being above each level but the last.
+        labels: ``(rows,)``, numbers of levels; -100 does not count.
+        importance_weights: The paper's lambda, one for each score.
+    """
+    counted = labels != IGNORED
+    above = labels.unsqueeze(-1) > torch.arange(scores.shape[-1], device=scores.device)
+    weights = None if importance_weights is None else scores.new_tensor(importance_weights)
+    losses = functional.binary_cross_entropy_with_logits(
+        scores, above.to(scores.dtype), weights, reduction="none"
+    )
+    return (losses.sum(-1) * counted).sum() / counted.sum().clamp(min=1)
+
+
 def _regression(name: str, difference: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(difference)
     def loss(scores: Tensor, labels: Tensor, **parameters: float) -> Tensor:
@@ -139,6 +160,14 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "mse": _regression("mse", _mse),
     "l1": _regression("l1", _l1),
     "huber": _regression("huber", _huber),
+    "coral": coral,
+    "contrastive": row_losses.contrastive,
+    "multiple_negatives_ranking": row_losses.multiple_negatives_ranking,
+    "cosine_similarity": row_losses.cosine_similarity,
+    "cosine_embedding": row_losses.cosine_embedding,
+    "triplet": row_losses.triplet,
+    "bradley_terry": row_losses.bradley_terry,
+    "listwise": row_losses.listwise,
 }
 """Every loss by its name; what a head type takes of them is its `PredictionHead.losses`."""
 
@@ -159,21 +188,31 @@ def loss_function(loss: str | Mapping[str, Any] | None, kinds: Sequence[str], si
         ConfigError: If the loss makes no sense here, or does not have such a parameter.
         UnknownNameError: If there is none of that name.
     """
-    given = {"type": loss} if isinstance(loss, str) else dict(loss or {"type": kinds[0]})
-    kind = str(given.pop("type", None))
+    given = dict(loss) if isinstance(loss, Mapping) else {}
+    given.pop("type", None)
+    kind = loss_name(loss, kinds)
     if kind not in LOSSES:
         raise UnknownNameError("loss", kind, LOSSES)
     if kind not in kinds:
         raise ConfigError(f"loss={kind!r} makes no sense here; {', '.join(kinds)} would.")
-    parameters = inspect.signature(LOSSES[kind]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(LOSSES[kind]).parameters
+    known = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     for name, value in given.items():
         if name not in known:
             raise ConfigError(
                 f"The loss {kind!r} has no parameter {name!r}; it has {', '.join(known) or 'none'}."
             )
-        _check_parameter(name, value, size)
+        if isinstance(known[name], bool):
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} should be True or False.")
+        else:
+            _check_parameter(name, value, size)
     return functools.partial(LOSSES[kind], **given)
+
+
+def loss_name(loss: str | Mapping[str, Any] | None, kinds: Sequence[str]) -> str:
+    """The name of the loss that a configuration names; see `loss_function`."""
+    return str(loss.get("type") if isinstance(loss, Mapping) else loss or kinds[0])
 
 
 def _check_parameter(name: str, value: Any, size: int) -> None:
@@ -181,5 +220,7 @@ def _check_parameter(name: str, value: Any, size: int) -> None:
     values = list(value) if many else [value]
     if not all(type(each) in (int, float) and each >= 0 for each in values if each is not None):
         raise ConfigError(f"{name}={value!r} should be numbers that are not negative.")
+    if name == "temperature" and value == 0:
+        raise ConfigError("temperature=0 has no meaning; it divides.")
     if many and len(values) != size:
         raise ConfigError(f"{name} has {len(values)} values, but there are {size} outputs.")

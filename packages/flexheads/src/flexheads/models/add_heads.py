@@ -9,9 +9,12 @@ from flexheads.heads.config import label_names
 from flexheads.models.add_media_heads import AddMediaHeadsMixin
 from flexheads.models.add_sequence_heads import AddSequenceHeadsMixin
 from flexheads.models.add_token_heads import AddTokenHeadsMixin
+from flexheads.models.custom_heads import CustomHeadsMixin
 
 
-class AddHeadsMixin(AddSequenceHeadsMixin, AddTokenHeadsMixin, AddMediaHeadsMixin):
+class AddHeadsMixin(
+    AddSequenceHeadsMixin, AddTokenHeadsMixin, AddMediaHeadsMixin, CustomHeadsMixin
+):
     """One method for each built-in head type; `add_head` serves every installed one.
 
     They share these arguments: `head_name` (any string), `num_labels` (None takes it from

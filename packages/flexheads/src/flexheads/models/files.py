@@ -189,7 +189,7 @@ class SavingMixin(AdapterModelMixin):
         backbone = attachment.backbone
         return Layout(
             architecture=attachment.spec.name,
-            model_types=(backbone.config.model_type,),
+            model_types=_related(backbone.config.model_type),
             hidden_size=getattr(backbone.config, "hidden_size", None),
             prefix=self._backbone_name(),
             paths=attachment.paths(),
@@ -205,9 +205,12 @@ class SavingMixin(AdapterModelMixin):
 
     def _backbone_name(self) -> str:
         """The name under which the backbone hangs in this model, or would in one with a head."""
-        backbone = self._attachment.backbone
+        attachment = self._attachment
+        backbone, paths = attachment.backbone, attachment.paths().values()
         named = (name for name, child in self.named_children() if child is backbone)
-        return str(next(named, backbone.base_model_prefix))
+        # In files the name of a tower is a part of its paths; some releases hold it under that.
+        free = (name for name in named if not any(p.startswith(f"{name}.") for p in paths))
+        return str(next(free, backbone.base_model_prefix))
 
     def _embeddings(self) -> Tensor | None:
         """The weight of the token embeddings, or None for a model that reads something else."""
@@ -216,7 +219,7 @@ class SavingMixin(AdapterModelMixin):
 
     def _head_provenance(self, head: SavedHead | SavedStaticHead | None) -> Provenance:
         kind = head.config["head_type"] if isinstance(head, SavedHead) else None
-        return self._provenance(registry().head_type(kind) if kind else None)
+        return self._provenance(registry().head_types.get(kind) if kind else None)
 
     def _provenance(self, spec: Spec | None) -> Provenance:
         config = self._attachment.backbone.config
@@ -261,6 +264,18 @@ def library_version() -> str:
         return version("flexheads")
     except PackageNotFoundError:
         return "0"
+
+
+def _related(model_type: str) -> tuple[str, ...]:
+    """Model types whose heads can become heads of one of this type, itself first."""
+    pairs = [
+        (conversion.model_type, own)
+        for conversion in registry().conversions.values()
+        if conversion.model_type is not None
+        for own in registry().architecture(conversion.architecture).model_types
+    ]
+    both = [*pairs, *((own, static) for static, own in pairs)]
+    return (model_type, *dict.fromkeys(other for one, other in both if one == model_type))
 
 
 def _is_static(bundle: Bundle) -> bool:

@@ -17,6 +17,7 @@ from flexheads.checkpoints.store import read_tensors
 from flexheads.checkpoints.transfer import fill
 from flexheads.composition import from_json, to_json
 from flexheads.errors import CheckpointError, UnsupportedError
+from flexheads.heads.custom import provider_of
 from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.methods.fusion import AdapterFusionConfig
@@ -25,7 +26,6 @@ from flexheads.models.prefixes import PrefixMixin
 from flexheads.models.sharing import SharingMixin
 from flexheads.models.whole_peer import describe_from_peer, is_from_peer, restore_from_peer
 from flexheads.plan import HeadRoute
-from flexheads.plugins import registry
 
 logger = logging.getLogger(__name__)
 
@@ -91,18 +91,15 @@ def describe(model: Any) -> dict[str, Any]:
             [name, list(fusion.members), fusion.config.to_dict()]
             for name, fusion in model.adapter_fusions.items()
         ],
-        "heads": [[name, _provider(head), head.to_dict()] for name, head in heads.items()],
+        "heads": [
+            [name, provider_of(head.head_type), head.to_dict()] for name, head in heads.items()
+        ],
         "loss_weights": [[name, weight.described()] for name, weight in weights.items()],
         "shared": {group: list(names) for group, names in model._sharing().items()},
         "active_adapters": to_json(active.setup),
         "skip_layers": list(active.skip_layers),
         "active_heads": [[route.head, route.chain] for route in active.heads],
     }
-
-
-def _provider(head: Any) -> str:
-    provider = registry().provider_of(registry().head_type(head.head_type))
-    return f"{provider.distribution}=={provider.version}"
 
 
 def _would_rename(model: Any) -> bool:

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexheads.checkpoints.hub.configs import OLD_ACTIVATIONS
+from flexheads.plugins import registry
 
 _MULTILABEL = "multilabel_classification"
 LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq_lm")
 # Types whose configuration says nothing of a bias: there always is one.
 _WITHOUT_BIAS = ("tagging", "question_answering", "multiple_choice")
 # Fields that the library's configurations of these types do not have.
-_UNKNOWN = {"masked_lm": ("dropout_prob",), "seq2seq_lm": ("dropout_prob", "embedding_size")}
+_UNKNOWN = {
+    "masked_lm": ("dropout_prob",),
+    "seq2seq_lm": ("dropout_prob", "embedding_size"),
+    "dependency_parsing": ("dropout_prob",),
+}
 
 
 def modern_head_config(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +41,10 @@ class HeadNames:
         config: The head's configuration with its ``head_type``.
     """
 
-    _EXTRA = ("problem_type", "tied", "scaled", "softcap", "loss", "threshold")
+    _EXTRA = (
+        *("problem_type", "tied", "scaled", "softcap", "loss", "threshold"),
+        *("unanswerable", "null_threshold", "ignore_pad_arcs"),
+    )
     # Left out where they say what that library does anyway; else it shall refuse the file.
     _USUAL: Mapping[str, Any] = {"pooling": None, "hidden_layer": None, "layer_norm": False}
 
@@ -46,6 +54,10 @@ class HeadNames:
         layers = int(config.get("layers") or 1)
         acts = config.get("activation_function") is not None
         self.words: dict[str, str] = {}
+        # Types that no package brings are written for that library: their keys are the file's.
+        self.foreign = self.type not in registry().head_types
+        if self.foreign:
+            return
         if self.type in LANGUAGE_MODELS:
             step = 1 + acts + bool(config.get("layer_norm"))
             for layer in range(layers - 1):
@@ -80,10 +92,12 @@ class HeadNames:
         for own, word in self.words.items():
             if rest == word or rest.startswith(f"{word}."):
                 return own + rest[len(word) :]
-        return None if rest[:1].isdigit() else rest
+        return None if rest[:1].isdigit() and not self.foreign else rest
 
     def hub_config(self) -> dict[str, Any]:
         """The configuration in fields that the `adapters` library knows."""
+        if self.foreign:
+            return dict(self.config)
         config = {key: value for key, value in self.config.items() if key not in self._EXTRA}
         usual = dict(self._USUAL)
         if self.type in LANGUAGE_MODELS:
@@ -93,8 +107,8 @@ class HeadNames:
         config = {k: v for k, v in config.items() if k not in usual or v != usual[k]}
         if self.type in LANGUAGE_MODELS:
             config |= {"shift_labels": self.type == "causal_lm", "label2id": None}
-            for field in _UNKNOWN.get(self.type, ()):
-                config.pop(field)
+        for field in _UNKNOWN.get(self.type, ()):
+            config.pop(field)
         if self.config.get("problem_type") == "multi_label_classification":
             own_field = "multilabel" in config
             config |= {"multilabel": True} if own_field else {"head_type": _MULTILABEL}
