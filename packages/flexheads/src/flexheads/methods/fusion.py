@@ -30,6 +30,7 @@ class AdapterFusionConfig(Config):
             the result.
         temperature: Anneal the softmax in training, from 50 to 1 over 980 forward passes.
         value_before_softmax: Project the values before they are weighed, instead of afterwards.
+            Kept for files: the projection is linear, so the result is the same.
         value_initialized: Begin with (almost) the identity as value projection.
         dropout_prob: Dropout on the scores; None takes the model's attention dropout.
     """
@@ -129,16 +130,20 @@ class FusionPart(nn.Module):
             ``(batch, sequence, width)``.
         """
         asked = query if self.query is None else self.query(query)
-        keys = ups if self.key is None else self.key(ups)
-        project = self.value is not None and self.config.value_before_softmax
-        values = self.value(ups) if self.value is not None and project else ups
-        scores = torch.matmul(keys, asked.unsqueeze(-1)).squeeze(-1)
+        scores = torch.matmul(ups, self._as_keys_see(asked).unsqueeze(-1)).squeeze(-1)
+        if self.key is not None:
+            scores = scores + torch.matmul(asked, self.key.bias).unsqueeze(-1)
         attention = torch.softmax(self.dropout(scores) / self.temperature, dim=-1)
         record("fusion", self, attention)
         if self.training and self.temperature > 1.0:
             self.temperature = max(1.0, self.temperature - _FIRST_TEMPERATURE / 1000.0)
-        context = torch.matmul(attention.unsqueeze(-2), values).squeeze(-2)
-        return context if self.value is None or project else self.value(context)
+        # The projection has no bias, so that of the mean is the mean of those.
+        context = torch.matmul(attention.unsqueeze(-2), ups).squeeze(-2)
+        return context if self.value is None else self.value(context)
+
+    def _as_keys_see(self, asked: Tensor) -> Tensor:
+        """What outputs u are multiplied by: ``q . (K u) = (q K) . u``, so that K acts once."""
+        return asked if self.key is None else torch.matmul(asked, self.key.weight)
 
     def regularization(self) -> Tensor:
         """How far the value projection is from the identity: ``0.01 * sum((I - V)^2)``."""

@@ -122,7 +122,10 @@ class Delta(_Gated):
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         hidden = hidden.to(self.dtype)
-        change = self.product(self.dropout(hidden)) * self.factor(hidden)
+        dropped = self.dropout(hidden) if self.training else hidden
+        if self.m is None and self.gate is None:
+            return self.add_to(output, dropped)
+        change = self.product(dropped) * self.factor(hidden)
         if self.m is None:
             return output + change.to(output.dtype)
         ratio = self.m.over(self._norm_of(projection.weight)).to(output.dtype)
@@ -130,6 +133,10 @@ class Delta(_Gated):
         bare = output if bias is None else output - bias
         # Written so that a ratio of one leaves the result as it is, bit for bit.
         return output + (ratio - 1) * bare + ratio * change.to(output.dtype)
+
+    def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
+        """``y + scaling * D x``."""
+        return output + (self.product(hidden) * self.scaling).to(output.dtype)
 
     @torch.no_grad()
     def _norm_of(self, weight: Tensor) -> Tensor:
@@ -175,6 +182,13 @@ class LowRank(Delta):
         self.lora_B = nn.Parameter(torch.zeros(projection.out_features, config.r))
         draw(self.lora_A, self.lora_B, config.init_weights)
 
+    def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
+        if output.dtype != hidden.dtype or torch.is_autocast_enabled(output.device.type):
+            return super().add_to(output, hidden)
+        inner = functional.linear(hidden, self.lora_A).flatten(0, -2)
+        added = torch.addmm(output.flatten(0, -2), inner, self.lora_B.t(), alpha=self.scaling)
+        return added.view(output.shape)
+
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
 
@@ -207,6 +221,8 @@ class Anchored(LowRank):
         self.register_buffer("initial_B", up.clone())
         self.initial_A: Tensor
         self.initial_B: Tensor
+
+    add_to = Delta.add_to
 
     def product(self, hidden: Tensor) -> Tensor:
         initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)

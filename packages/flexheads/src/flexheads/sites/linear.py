@@ -236,6 +236,8 @@ class LinearOp(NamedTuple):
     rows: RowMap | None
     enters: bool
     """Whether some part changes the input."""
+    plain: bool = False
+    """Whether one chain does all there is to do, on the module's whole result as it is."""
 
     def for_chain(self, chain: int) -> LinearOp:
         """The same for the rows of one chain only."""
@@ -294,7 +296,8 @@ class AttachedLinear(AttachedSite):
 
     def op(self, chains: Sequence[Sequence[LinearPart]], rows: RowMap | None) -> LinearOp:
         enters = any(part.changes_input for chain in chains for part in chain)
-        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters)
+        plain = rows is None and not self.folded and self.projection.columns is None
+        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters, plain)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op = self._planned()
@@ -307,6 +310,8 @@ class AttachedLinear(AttachedSite):
         op = self._planned()
         if op is None:
             return None
+        if op.plain:
+            return self._run(op.chains[0], args[0], output)
         hidden, whole = self.unfolded(args[0]), self.unfolded(output)
         own = self.projection.of(whole)
         if op.enters and self.projection.columns is not None:
