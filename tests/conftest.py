@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
 
 from flexheads import BertModelWithHeads
+from flexheads.heads import Source
 from flexheads.testing import randomise, tiny_config, tiny_inputs
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -147,3 +149,63 @@ def tested_release() -> None:
     pins = re.findall(r"^transformers==([\w.]+)", constraints.read_text("utf-8"), re.MULTILINE)
     if transformers.__version__ not in pins:
         pytest.skip(f"written with transformers {pins[0]}")
+
+
+SENTENCES = (
+    "Anna Smith lives in New York and works for the United Nations.",
+    "The headquarters of Acme Corporation are in Berlin, Germany.",
+    "Where does Anna work? She has been working in Berlin since 1998!",
+)
+
+
+@pytest.fixture(scope="session")
+def wordpieces() -> Any:
+    """A tokenizer that cuts words into pieces, trained here, with special tokens around a text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=90, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **dict(zip(names, special, strict=True)),
+    )
+
+
+@pytest.fixture(scope="session")
+def read(wordpieces: Any) -> Callable[..., tuple[dict[str, Tensor], Source]]:
+    """Texts, or pairs of them, as a model reads them and as people know them."""
+
+    def read(*texts: Any, **options: Any) -> tuple[dict[str, Tensor], Source]:
+        encoded = wordpieces(
+            *map(list, zip(*texts, strict=True) if isinstance(texts[0], tuple) else [texts]),
+            return_offsets_mapping=True,
+            return_tensors="pt",
+            padding=True,
+            **options,
+        )
+        offsets = encoded.pop("offset_mapping")
+        source = Source(
+            texts=texts,
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            offsets=offsets,
+            word_ids=[encoded.word_ids(row) for row in range(len(texts))],
+            sequence_ids=[encoded.sequence_ids(row) for row in range(len(texts))],
+            tokenizer=wordpieces,
+        )
+        return dict(encoded), source
+
+    return read

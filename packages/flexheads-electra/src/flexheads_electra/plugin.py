@@ -70,7 +70,6 @@ def _lm(head_type: str) -> HeadRule:
     )
 
 
-# Pre-training is left out: its discriminator has one score, without labels, for each token.
 _HEADS = {
     "ElectraForSequenceClassification": HeadRule(
         head_type="classification",
@@ -91,6 +90,15 @@ _HEADS = {
         config={**_ONE_LAYER, "dropout_prob": 0.0},
         output="start_logits",
     ),
+    "ElectraForPreTraining": HeadRule(
+        head_type="detection",
+        weights={
+            "discriminator_predictions.dense": "layers.0",
+            "discriminator_predictions.dense_prediction": "layers.1",
+        },
+        config={"layers": 2, "layer_norm": False, "bias": True, "dropout_prob": 0.0},
+        config_from={"activation_function": "hidden_act"},
+    ),
     "ElectraForMaskedLM": _lm("masked_lm"),
     "ElectraForCausalLM": _lm("causal_lm"),
 }
@@ -104,7 +112,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """The head classes that transformers has for ELECTRA, but for the discriminator's."""
+    """Every head class that transformers has for ELECTRA."""
     return [
         HeadConversion(architecture=ELECTRA.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

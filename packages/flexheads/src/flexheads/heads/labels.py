@@ -42,9 +42,7 @@ def check_indices(where: str, labels: Tensor, count: int, shapes: Sequence[Shape
     Raises:
         LabelError: If the dtype, the shape or a value is wrong.
     """
-    check_shape(where, labels, shapes)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise LabelError(f"{where} are {labels.dtype}; class numbers are whole numbers.")
+    check_whole_numbers(where, labels, shapes)
     if torch.compiler.is_compiling() or not labels.numel():
         return
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= count))]
@@ -53,6 +51,17 @@ def check_indices(where: str, labels: Tensor, count: int, shapes: Sequence[Shape
             f"{where} hold {int(wrong[0])}, but they can be 0 to {count - 1}, or {IGNORED} where "
             "nothing counts."
         )
+
+
+def check_whole_numbers(where: str, labels: Tensor, shapes: Sequence[Shape]) -> None:
+    """Refuses labels that are no whole numbers, whatever their values.
+
+    Raises:
+        LabelError: If the dtype or the shape is wrong.
+    """
+    check_shape(where, labels, shapes)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise LabelError(f"{where} are {labels.dtype}; they should be whole numbers.")
 
 
 def check_numbers(where: str, labels: Tensor, shapes: Sequence[Shape]) -> None:
