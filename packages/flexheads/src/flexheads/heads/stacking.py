@@ -1,0 +1,271 @@
+"""Heads of one shape as one product: which they are, and their layers stacked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Sequence
+from itertools import repeat
+from operator import attrgetter, contains, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from flexheads.heads.base import FeedForwardHead, PredictionHead
+from flexheads.heads.layers import Stacked
+
+_READS_ALIKE = (
+    "activation_function",
+    "bias",
+    "dropout_prob",
+    "embedding_size",
+    "label2id",
+    "layer_norm",
+    "layers",
+    "loss",
+    "mean",
+    "multilabel",
+    "normalise",
+    "num_choices",
+    "num_labels",
+    "problem_type",
+    "std",
+    "threshold",
+)
+"""Fields of a configuration that do not decide what a head reads; any other may."""
+
+_CHUNKS = 4
+
+
+def stack_key(head: PredictionHead) -> Hashable | None:
+    """What two heads have in common if they can run as one product; None where `head` cannot.
+
+    They read the same tensor and have layers of the same kinds, sizes, dtype and device. Only the
+    number of scores may differ, by less than a factor of two. A head that computes otherwise than
+    `FeedForwardHead` does, reads with parameters of its own, or is hooked into, runs by itself.
+    """
+    if not isinstance(head, FeedForwardHead) or not _is_plain(head):
+        return None
+    modules = _layers(head)
+    if not modules or not all(type(m) in (nn.Linear, nn.LayerNorm) for m in modules):
+        return None
+    parameters = [p for m in modules for p in m._parameters.values()]
+    if not all(p is None or type(p) is nn.Parameter for p in parameters):
+        return None
+    given = [p for p in parameters if p is not None]
+    if any(p.is_inference() or not p.is_floating_point() for p in given):
+        return None  # changes of these cannot be noticed
+    config = head.config.to_dict()
+    reads = {name: value for name, value in config.items() if name not in _READS_ALIKE}
+    return (
+        type(head).read,
+        head.width,
+        json.dumps(reads, sort_keys=True, default=repr),
+        str(head.config.activation_function).lower(),
+        tuple(_shape(m) for m in modules[:-1]),
+        _shape(modules[-1])[:-1],
+        (modules[-1].out_features - 1).bit_length(),
+        {p.dtype for p in given} == {given[0].dtype} and given[0].dtype,
+        {p.device for p in given} == {given[0].device} and given[0].device,
+    )
+
+
+class Structure:
+    """What a stack takes for granted of its heads, cheap to check in every call.
+
+    Args:
+        heads: The heads.
+        holder: The children of the module that holds them.
+    """
+
+    def __init__(self, heads: Sequence[FeedForwardHead], holder: dict[str, Any]) -> None:
+        self.heads = heads
+        keys = {id(module): key for key, module in holder.items()}
+        places: list[tuple[dict[str, Any], str]] = [(holder, keys[id(head)]) for head in heads]
+        places += [(head._modules, "layers") for head in heads]
+        for head in heads:
+            places += [(head.layers._modules, key) for key in _names(head.layers)]
+            places += [(m._parameters, key) for m in _layers(head) for key in m._parameters]
+        self._owners, self._keys = zip(*places, strict=True)
+        self._held = [owner[key] for owner, key in places]
+        self._attributes = [module.__dict__ for head in heads for module in (head, head.layers)]
+        self._dropouts = [head.layers.dropout for head in heads]
+        self.parameters = _parameters(heads)
+        self._hooks = RemovableHandle.next_id
+
+    def holds(self) -> bool:
+        """Whether they are still the same modules and parameters, with nothing hooked into them."""
+        if self._hooks != RemovableHandle.next_id:  # somewhere a hook was registered since
+            self._hooks = RemovableHandle.next_id
+            if any(map(_is_hooked, self.heads)):
+                return False
+        same = all(map(is_, map(dict.get, self._owners, self._keys), self._held))
+        return same and not any(map(contains, self._attributes, repeat("forward")))
+
+    def dropping(self) -> bool:
+        """Whether dropout is active in one of them."""
+        return any(dropout.training and dropout.p > 0 for dropout in self._dropouts)
+
+
+class HeadStack:
+    """Copies of the layers of several heads, stacked; see `stack_key`.
+
+    The first product of all heads has one input, so it is one matrix, cut into chunks of columns
+    that threads share; the others are one matrix for each head.
+
+    Args:
+        heads: Heads with one `stack_key`.
+    """
+
+    def __init__(self, heads: Sequence[FeedForwardHead]) -> None:
+        self._parameters = _parameters(heads)
+        # A detached tensor keeps the memory, so that nothing else can get its address.
+        self._kept = [p.detach() for p in self._parameters]
+        self._state = self._read()
+        columns = list(zip(*(_layers(head) for head in heads), strict=True))
+        # Tensors made in inference mode could not be used outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.scores = [head.num_outputs for head in heads]
+            self._first = _wide(columns[0], max(self.scores) if len(columns) == 1 else None)
+            self._others = [
+                _deep(column, max(self.scores) if column is columns[-1] else None)
+                for column in columns[1:]
+            ]
+        self.activation = heads[0].layers.activation
+
+    def current(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether it is the stack of these, and none has changed since.
+
+        Writing to the ``.data`` of one in place is not noticed.
+        """
+        same = len(parameters) == len(self._parameters) and all(
+            map(is_, parameters, self._parameters)
+        )
+        return same and self._state == self._read()
+
+    def __call__(self, inputs: Tensor) -> list[Tensor]:
+        """The scores of each head, ``(..., scores)``, of ``(..., features)``."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        weight, bias = self._first
+        chunks = len(weight)
+        hidden = _product(rows.expand(chunks, *rows.shape), weight, bias)
+        count = len(self.scores)
+        # Columns are heads in turn, whatever chunk they are in.
+        hidden = hidden.transpose(0, 1).reshape(len(rows), count, -1).transpose(0, 1)
+        previous: type[nn.Module] = nn.Linear
+        for kind, parameters, eps in self._others:
+            if previous is nn.Linear and self.activation is not None:
+                hidden = self.activation(hidden)
+            if kind is nn.Linear:
+                hidden = _product(hidden, *parameters)
+            else:
+                gain, offset = parameters
+                normed = functional.layer_norm(hidden, hidden.shape[-1:], None, None, eps)
+                hidden = torch.addcmul(offset, normed, gain)
+            previous = kind
+        scores = hidden.reshape(count, *inputs.shape[:-1], -1).unbind(0)
+        return [
+            s if s.shape[-1] == n else s[..., :n].contiguous()
+            for s, n in zip(scores, self.scores, strict=True)
+        ]
+
+    def _read(self) -> list[int]:
+        versions = map(attrgetter("_version"), self._parameters)
+        return [*versions, *map(Tensor.data_ptr, self._parameters)]
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.bmm(inputs, weight) if bias is None else torch.baddbmm(bias, inputs, weight)
+
+
+def _wide(linears: Sequence[Any], size: int | None) -> tuple[Tensor, Tensor | None]:
+    """Weight ``(chunks, inputs, columns)`` and bias of layers that have the same input."""
+    weight, bias = _padded(linears, size)
+    columns = weight.shape[0] * weight.shape[1]
+    chunks = max(_CHUNKS, torch.get_num_threads())
+    while columns % chunks:
+        chunks -= 1
+    weight = weight.reshape(chunks, columns // chunks, -1).transpose(1, 2).contiguous()
+    return weight, None if bias is None else bias.reshape(chunks, 1, -1)
+
+
+def _deep(modules: Sequence[Any], size: int | None) -> tuple[type[nn.Module], Any, float]:
+    """The kind of equal layers of several heads, their parameters, and the epsilon of a norm."""
+    if isinstance(modules[0], nn.LayerNorm):
+        both = [
+            torch.stack([m._parameters[n] for m in modules])[:, None] for n in ("weight", "bias")
+        ]
+        return nn.LayerNorm, both, modules[0].eps
+    weight, bias = _padded(modules, size)
+    return (
+        nn.Linear,
+        (weight.transpose(1, 2).contiguous(), None if bias is None else bias[:, None]),
+        0.0,
+    )
+
+
+def _padded(linears: Sequence[Any], size: int | None) -> tuple[Tensor, Tensor | None]:
+    """The weights, and the biases if there are, stacked, with rows of zeros up to `size`."""
+    more = [0 if size is None else size - linear.out_features for linear in linears]
+    weights = [functional.pad(m.weight, (0, 0, 0, n)) for m, n in zip(linears, more, strict=True)]
+    if linears[0].bias is None:
+        return torch.stack(weights), None
+    biases = [functional.pad(m.bias, (0, n)) for m, n in zip(linears, more, strict=True)]
+    return torch.stack(weights), torch.stack(biases)
+
+
+def _layers(head: FeedForwardHead) -> list[Any]:
+    """The linear layers and norms of a head, in the order in which they act."""
+    return [head.layers._modules[name] for name in _names(head.layers)]
+
+
+def _parameters(heads: Sequence[FeedForwardHead]) -> list[nn.Parameter]:
+    return [p for head in heads for module in _layers(head) for p in module.parameters()]
+
+
+def _names(layers: Stacked) -> list[str]:
+    names = [name for number in range(layers.depth) for name in (str(number), f"norm_{number}")]
+    return [name for name in names if name in layers._modules]
+
+
+def _is_plain(head: FeedForwardHead) -> bool:
+    """Whether a head is what `FeedForwardHead` makes of linear layers, and nothing more."""
+    kind = type(head)
+    usual = (
+        kind.forward is FeedForwardHead.forward
+        and kind.view is PredictionHead.view
+        and kind.__call__ is nn.Module.__call__
+        and type(head.layers) is Stacked
+        and head.config.hidden_layer != "mix"
+    )
+    if not usual or head._parameters or list(head._modules) != ["layers"]:
+        return False
+    return not _is_hooked(head) and not any("forward" in m.__dict__ for m in head.modules())
+
+
+def _is_hooked(head: nn.Module) -> bool:
+    """Whether a hook is on a head or a module in it."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in head.modules()
+    )
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks on every module are in force, which want to see each head run."""
+    return bool(torch_module._has_any_global_hook())
+
+
+def _shape(module: Any) -> tuple[Any, ...]:
+    if isinstance(module, nn.LayerNorm):
+        return (
+            "norm",
+            module.eps,
+            module.weight is None,
+            module.bias is None,
+            module.normalized_shape,
+        )
+    return ("linear", module.bias is None, module.in_features, module.out_features)
