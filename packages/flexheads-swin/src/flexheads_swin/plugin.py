@@ -37,6 +37,7 @@ SWIN = ArchitectureSpec(
     ),
     norms=("layernorm",),
     inputs="pixels",
+    first_patch=0,
     pooling="pooler",
     pooler=True,
     tiny={

@@ -25,6 +25,9 @@ Inputs = Literal["tokens", "pixels", "tokens_and_pixels", "features", "waveform"
 
 Side = Literal["encoder", "decoder"]
 
+Need = Literal["tokens", "pixels", "sound", "decoder"]
+"""What a type of head may need a model to read, or to have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualSite:
@@ -155,6 +158,8 @@ class ArchitectureSpec:
             input.
         norms: Layer norms outside of the layers.
         inputs: What the model reads.
+        first_patch: In a model of images, the first position that stands for a patch; those that
+            the configuration calls registers stand before it too.
         pooling: What stands for the sequence where a head asks for one vector. None where there is
             no sequence of states that a head could read.
         pooler: Whether the base model has a trained pooler (``pooler_output``).
@@ -189,6 +194,7 @@ class ArchitectureSpec:
     embeddings_from: Literal["input", "output"] = "output"
     norms: tuple[Path, ...] = ()
     inputs: Inputs = "tokens"
+    first_patch: int = 1
     pooling: Pooling | None = "first_token"
     pooler: bool = False
     composed: bool = False
@@ -211,6 +217,20 @@ class ArchitectureSpec:
             if field.name not in _NO_ROLES and getattr(layers, field.name)
         }
         return frozenset(named | ({"embeddings"} if self.embeddings is not None else set()))
+
+    @property
+    def gives(self) -> frozenset[Need]:
+        """What types of heads can need, as far as this architecture has it."""
+        read: dict[Inputs, tuple[Need, ...]] = {
+            "tokens": ("tokens",),
+            "pixels": ("pixels",),
+            "tokens_and_pixels": ("tokens", "pixels"),
+            "features": ("sound",),
+            "waveform": ("sound",),
+        }
+        decodes = self.composed or any(layers.side == "decoder" for layers in self.layers)
+        written: tuple[Need, ...] = ("tokens", "decoder") if decodes else ()
+        return frozenset((*read[self.inputs], *written))
 
     def fixed_positions(self, config: Any) -> bool:
         """Whether a model looks positions up by their number in the input."""
@@ -329,11 +349,14 @@ class HeadConversion:
         architecture: The `ArchitectureSpec.name` that the class belongs to.
         static_class: The class name, for example ``"AcmeForSequenceClassification"``.
         heads: One rule for each flexible head.
+        model_type: The model type of the class, where that is not one of the architecture: so of a
+            class that is made of one part of a model of several.
     """
 
     architecture: str
     static_class: str
     heads: tuple[HeadRule, ...]
+    model_type: str | None = None
 
     @property
     def name(self) -> str:

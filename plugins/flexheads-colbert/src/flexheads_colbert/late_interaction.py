@@ -96,6 +96,10 @@ class LateInteractionHead(FeedForwardHead):
             LateInteractionOutput, features.output, loss=loss, token_embeddings=vectors
         )
 
+    def tiny_labels(self, shape: InputShape, generator: torch.Generator) -> dict[str, Tensor]:
+        """Labels for tests: every two rows belong together."""
+        return {"labels": torch.arange(shape.rows) // 2}
+
     def contrast(self, vectors: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
         """Cross-entropy of every document under its query, over all documents of the batch.
 

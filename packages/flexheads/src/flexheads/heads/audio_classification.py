@@ -28,6 +28,7 @@ class AudioClassificationHead(ClassificationHead):
     """Classifies a sound; regression for one label. Logits are ``(batch, num_labels)``."""
 
     head_type = "audio_classification"
+    needs = "sound"
     config_class: ClassVar[type[AudioClassificationConfig]] = AudioClassificationConfig
 
     @property

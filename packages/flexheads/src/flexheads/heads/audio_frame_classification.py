@@ -46,6 +46,7 @@ class AudioFrameClassificationHead(FeedForwardHead):
     """
 
     head_type = "audio_frame_classification"
+    needs = "sound"
     config_class = AudioFrameClassificationConfig
 
     @property

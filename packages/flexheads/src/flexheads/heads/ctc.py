@@ -77,6 +77,7 @@ class CTCHead(FeedForwardHead):
     """Scores the vocabulary at every frame (Graves et al. 2006, the CTC loss of section 4)."""
 
     head_type = "ctc"
+    needs = "sound"
     config_class = CTCConfig
 
     def __init__(self, name: str, config: CTCConfig, model_config: PretrainedConfig) -> None:

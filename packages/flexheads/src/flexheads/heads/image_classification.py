@@ -25,6 +25,7 @@ class ImageClassificationHead(ClassificationHead):
     """Classifies an image; regression for one label. Logits are ``(batch, num_labels)``."""
 
     head_type = "image_classification"
+    needs = "pixels"
     config_class = ImageClassificationConfig
     output_class = ImageClassifierOutput
 

@@ -58,6 +58,7 @@ class MaskedImageHead(PredictionHead):
     """
 
     head_type = "masked_image_modeling"
+    needs = "pixels"
     config_class = MaskedImageConfig
     label_names = ("labels", "masked_patches")
 

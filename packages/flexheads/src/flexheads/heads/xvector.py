@@ -86,6 +86,7 @@ class XVectorHead(PredictionHead):
     """
 
     head_type = "xvector"
+    needs = "sound"
     config_class = XVectorConfig
 
     def __init__(self, name: str, config: XVectorConfig, model_config: PretrainedConfig) -> None:

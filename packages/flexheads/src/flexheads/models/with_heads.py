@@ -209,7 +209,8 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, PredictMixin, LossWeightsM
             first=self._attachment.runtime.take(POOLED),
             hidden_states=states,
             # Registers stand between the first position and the patches (arXiv:2309.16588).
-            patches_from=1 + (getattr(self.config, "num_register_tokens", None) or 0),
+            patches_from=self.spec.first_patch
+            + (getattr(self.config, "num_register_tokens", None) or 0),
             read=self._encoder_positions(inputs),
         )
 
