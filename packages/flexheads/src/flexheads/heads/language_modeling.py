@@ -27,6 +27,7 @@ from flexheads.heads.features import Features
 from flexheads.heads.labels import InputShape, check_indices
 from flexheads.heads.outputs import head_output
 from flexheads.heads.source import Source
+from flexheads.specs import Need
 from flexheads.heads.written import filled_masks, likely_next, written_texts
 
 
@@ -94,6 +95,7 @@ class LanguageModelHead(PredictionHead):
     """
 
     config_class = LanguageModelConfig
+    needs: ClassVar[Need | None] = "tokens"
     generates: ClassVar[bool] = False
     """Whether it can write one token after the other."""
     shift: ClassVar[int] = 0
@@ -206,8 +208,8 @@ class MaskedLMHead(LanguageModelHead):
 
     head_type = "masked_lm"
 
-    def decode(
-        self, output: Any, source: Source | None = None, *, top_k: int = 5, **options: Any
+    def decode(  # type: ignore[override]  # its own options
+        self, output: Any, source: Source | None = None, *, top_k: int = 5
     ) -> list[Any]:
         """The likeliest tokens at each mask.
 
@@ -215,7 +217,6 @@ class MaskedLMHead(LanguageModelHead):
             output: What `forward` returned.
             source: ``input_ids`` and ``tokenizer`` are needed.
             top_k: How many for each mask.
-            options: None.
 
         Returns:
             For each row the `top_k` likeliest tokens, each with ``score``, ``token``,
@@ -224,7 +225,7 @@ class MaskedLMHead(LanguageModelHead):
         Raises:
             UnsupportedError: If ids or tokenizer are missing, or a row has no mask.
         """
-        return filled_masks(output.logits, source, top_k, **options)
+        return filled_masks(output.logits, source, top_k)
 
 
 class CausalLMHead(LanguageModelHead):
@@ -243,8 +244,14 @@ class CausalLMHead(LanguageModelHead):
             return CausalLMOutputWithCrossAttentions
         return CausalLMOutputWithPast if "past_key_values" in fields else CausalLMOutput
 
-    def decode(
-        self, output: Any, source: Source | None = None, *, top_k: int = 5, **options: Any
+    def decode(  # type: ignore[override]  # its own options
+        self,
+        output: Any,
+        source: Source | None = None,
+        *,
+        top_k: int = 5,
+        return_full_text: bool = True,
+        skip_special_tokens: bool = True,
     ) -> list[Any]:
         """The text of what was generated, or the tokens that may follow.
 
@@ -253,8 +260,8 @@ class CausalLMHead(LanguageModelHead):
             source: The ``tokenizer`` is needed; ``input_ids`` where the prompt is left out, and
                 ``attention_mask`` where padding is on the right of what `forward` has read.
             top_k: How many tokens that may follow.
-            options: ``return_full_text`` and ``skip_special_tokens``, both true unless said
-                otherwise.
+            return_full_text: Whether the prompt is a part of the text.
+            skip_special_tokens: Leaves out tokens such as padding.
 
         Returns:
             For each sequence of ``generate`` its ``generated_text``; for each row of `forward` the
@@ -264,5 +271,10 @@ class CausalLMHead(LanguageModelHead):
             UnsupportedError: If something of `source` is missing.
         """
         if isinstance(output, Mapping) and "logits" in output and "sequences" not in output:
-            return likely_next(output["logits"], source, top_k, **options)
-        return written_texts(output, source, **options)
+            return likely_next(output["logits"], source, top_k)
+        return written_texts(
+            output,
+            source,
+            return_full_text=return_full_text,
+            skip_special_tokens=skip_special_tokens,
+        )

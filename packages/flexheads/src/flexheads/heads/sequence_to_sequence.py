@@ -31,6 +31,7 @@ class SequenceToSequenceHead(LanguageModelHead):
     """
 
     head_type = "seq2seq_lm"
+    needs = "decoder"
     config_class = SequenceToSequenceConfig
     generates = True
     writes_labels = True
@@ -39,13 +40,15 @@ class SequenceToSequenceHead(LanguageModelHead):
         """See `LanguageModelHead.output_class`."""
         return Seq2SeqLMOutput
 
-    def decode(self, output: Any, source: Source | None = None, **options: Any) -> list[Any]:
+    def decode(  # type: ignore[override]  # its own options
+        self, output: Any, source: Source | None = None, *, skip_special_tokens: bool = True
+    ) -> list[Any]:
         """The text of what was generated.
 
         Args:
             output: What ``generate`` returned; or `forward`, whose likeliest tokens are taken.
             source: The ``tokenizer`` is needed.
-            options: ``skip_special_tokens``, true unless said otherwise.
+            skip_special_tokens: Leaves out tokens such as padding.
 
         Returns:
             For each sequence its ``generated_text``.
@@ -55,4 +58,4 @@ class SequenceToSequenceHead(LanguageModelHead):
         """
         if isinstance(output, Mapping) and "logits" in output and "sequences" not in output:
             output = output["logits"].argmax(dim=-1)
-        return written_texts(output, source, **options)
+        return written_texts(output, source, skip_special_tokens=skip_special_tokens)

@@ -58,7 +58,9 @@ def likely_next(logits: Tensor, source: Source | None, top_k: int) -> list[Any]:
     if mask is not None and mask.shape == logits.shape[:2]:
         ranks = torch.arange(1, mask.shape[1] + 1, device=mask.device)
         last = (mask.ne(0) * ranks).argmax(dim=1).tolist()
-    return [_candidates(row[place], tokenizer, top_k) for row, place in zip(logits, last, strict=True)]
+    return [
+        _candidates(row[place], tokenizer, top_k) for row, place in zip(logits, last, strict=True)
+    ]
 
 
 def written_texts(

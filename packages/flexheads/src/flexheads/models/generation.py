@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-import types
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import transformers
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from flexheads.composition import BatchSplit, Block, Rows, Setup, Stack
-from flexheads.errors import ConfigError, UnsupportedError
+from flexheads.errors import UnsupportedError
 from flexheads.heads.base import PredictionHead
 from flexheads.heads.language_modeling import LanguageModelHead
 from flexheads.heads.outputs import head_output
 from flexheads.models.add_heads import AddHeadsMixin
 from flexheads.models.container import NamedModules
-from flexheads.models.inputs import repeat_rows
-from flexheads.models.whole import hub_arguments
+from flexheads.models.inputs import batch_size, repeat_rows
+from flexheads.models.tasks import take_tasks
 from flexheads.plan import HeadRoute, Plan
-from flexheads.plugins import registry, resolve
 from flexheads.routing import Chain, Routing
-from flexheads.sites.base import argument_names
 from flexheads.sites.rows import RowMap
 from flexheads.specs import ArchitectureSpec
 
@@ -35,9 +31,6 @@ _FORWARD = ("last_token", "eos")
 
 _ADDED = ("cache_position",)
 """What transformers hands to each step by itself, in releases before 5."""
-
-_FURTHER_HOOKS = ("_reorder_cache", "create_masks_for_generate")
-"""What generation asks a class for without having it itself."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +44,16 @@ class GenerationPlan(Plan):
 
     rows: int | None = None
     expanded: Callable[[int], GenerationPlan] | None = None
+
+    def check_rows(self, rows: int | None) -> None:
+        """Refuses a batch that the plan is not for, before rows are repeated.
+
+        Raises:
+            CompositionError: If so.
+        """
+        for routing in (self.routing, *(route.routing for route in self.heads)):
+            if rows is not None and routing is not None and not routing.single:
+                routing.rows(rows)
 
     def for_rows(self, rows: int) -> GenerationPlan:
         """The plan for a batch of `rows` rows; this one where it names them, or cannot fit."""
@@ -66,6 +69,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
     from the first call of the encoder to the last of the decoder.
     """
 
+    main_input_name: str
     spec: ClassVar[ArchitectureSpec]
     backbone_class: ClassVar[type[PreTrainedModel]]
 
@@ -73,7 +77,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
         self,
         *args: Any,
         adapter_names: Setup = None,
-        head: str | list[str] | None = None,
+        head: str | list[str] | Rows | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generates with the language-model head that is active; see transformers for the rest.
@@ -86,8 +90,8 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             args: As for transformers' ``generate``.
             adapter_names: The adapters of this generation; None is the active setup, an empty list
                 none.
-            head: The head of this generation; None is the active one.
-            kwargs: As for transformers' ``generate``.
+            head: The head of this generation; None is the active one, `Rows` one for each row.
+            kwargs: As for transformers' ``generate``; ``task`` and ``tasks`` as for `forward`.
 
         Returns:
             What transformers returns.
@@ -99,20 +103,18 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             UnknownNameError: If an adapter or a head does not exist.
             CompositionError: If the setup does not fit the batch.
         """
+        adapter_names, head = take_tasks(kwargs, self, adapter_names, head)
         plan = self._call_plan(adapter_names, head)
         self._check_writes(plan)
         original: Any = super()
+        names = tuple(inspect.signature(original.generate).parameters)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         if plan.routing.repeat > 1:
-            names = argument_names(type(self)._transformers_generate())
-            kwargs = _repeated({**dict(zip(names, args, strict=False)), **kwargs}, plan)
-            args = ()
-        with self._enter(self._generation_plan(plan)):
-            return original.generate(*args, **kwargs)
-
-    @classmethod
-    def _transformers_generate(cls) -> Callable[..., Any]:
-        own: Any = super()
-        return own.generate  # type: ignore[no-any-return]
+            inputs = _repeated(inputs, plan)
+        own = self._generation_plan(plan)
+        own.check_rows(_rows_in(inputs, (names[0], self.main_input_name)))
+        with self._enter(own):
+            return original.generate(**inputs)
 
     def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
         """The plan of one call: inside of a generation that one's, unless it names another."""
@@ -350,6 +352,15 @@ def _repeat_route(route: HeadRoute, times: int) -> HeadRoute:
     )
 
 
+def _rows_in(inputs: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """Rows of the inputs of a generation, or None where it begins from nothing."""
+    for name in (*names, "input_ids", "inputs_embeds"):
+        if isinstance(value := inputs.get(name), Tensor):
+            return int(value.shape[0])
+    encoded = inputs.get("encoder_outputs")
+    return batch_size(encoded) if isinstance(encoded, ModelOutput) else None
+
+
 def _repeated(inputs: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """The inputs of a generation for each branch of `Parallel`.
 
@@ -368,98 +379,3 @@ def _repeated(inputs: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         if isinstance(value, ModelOutput)
     }
     return {**repeat_rows(inputs, times), **nested}
-
-
-# --- classes ------------------------------------------------------------------------------------
-
-
-def generation_bases(spec: ArchitectureSpec, backbone: type[PreTrainedModel]) -> tuple[type, ...]:
-    """What makes a class with flexible heads generate as transformers' own class does.
-
-    That class is the backbone itself, or one that the architecture's conversions name with a head
-    that generates. Where it steps into generation, so does the class with flexible heads.
-
-    Returns:
-        Base classes, or none where transformers does not generate with the architecture.
-    """
-    writer = backbone if issubclass(backbone, GenerationMixin) else _writer(spec, backbone)
-    return () if writer is None else (GenerationWithHeadsMixin, _steps_of(writer))
-
-
-def _writer(spec: ArchitectureSpec, backbone: type[PreTrainedModel]) -> type | None:
-    """The static class that writes with a backbone: with a decoder of its own, or one head."""
-    found: list[tuple[tuple[bool, bool], type]] = []
-    for conversion in registry().conversions_for(spec.name):
-        heads = [resolve(registry().head_type(rule.head_type).head) for rule in conversion.heads]
-        name, module = conversion.static_class, sys.modules[backbone.__module__]
-        static = getattr(module, name, None) or getattr(transformers, name, None)
-        writes = any(generates(head) for head in heads)
-        if writes and isinstance(static, type) and issubclass(static, GenerationMixin):
-            rank = any(head.writes_labels for head in heads), len(heads) == 1
-            found.append((rank, static))
-    return max(found, key=lambda pair: pair[0])[1] if found else None
-
-
-def _steps_of(writer: type) -> type:
-    """A mixin with what a static class changes in generation; transformers' own without that.
-
-    Methods that were written in that class call ``super()``, which looks for the class they stand
-    in; so they get a copy that stands in this one.
-    """
-    mixin = next(
-        c
-        for c in writer.__mro__
-        if issubclass(c, GenerationMixin) and not issubclass(c, PreTrainedModel)
-    )
-    hooks = {name for name in dir(mixin) if name not in dir(object)} | set(_FURTHER_HOOKS)
-    own: dict[str, Any] = {}
-    for cls in reversed(writer.__mro__):
-        if issubclass(cls, GenerationMixin) and cls not in mixin.__mro__:
-            own |= {name: value for name, value in vars(cls).items() if name in hooks}
-    if not own:
-        return mixin
-    here = types.CellType()
-    body = {name: _standing_in(here, value) for name, value in own.items()}
-    # Transformers knows classes that generate by this word among the names of their bases.
-    here.cell_contents = type(f"{writer.__name__}GenerationMixin", (mixin,), body)
-    found: type = here.cell_contents
-    return found
-
-
-def _standing_in(here: types.CellType, method: Any) -> Any:
-    """A method whose ``super()`` starts from the class in `here`."""
-    if not isinstance(method, types.FunctionType):
-        return method
-    free, closure = method.__code__.co_freevars, method.__closure__ or ()
-    cells = (here if n == "__class__" else c for n, c in zip(free, closure, strict=True))
-    copy = types.FunctionType(
-        method.__code__, method.__globals__, method.__name__, method.__defaults__, tuple(cells)
-    )
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return functools.update_wrapper(copy, method)
-
-
-def load_generation_config(
-    given: GenerationConfig | None, path: str, kwargs: Mapping[str, Any]
-) -> GenerationConfig:
-    """How a saved model generates; older ones say so in the model's configuration.
-
-    Args:
-        given: What the caller wants instead.
-        path: A directory or the id of a repository on the hub.
-        kwargs: The arguments of ``from_pretrained``.
-
-    Raises:
-        ConfigError: If `given` is something else.
-    """
-    if given is not None:
-        if not isinstance(given, GenerationConfig):
-            raise ConfigError(f"generation_config should be a GenerationConfig, not {given!r}.")
-        return GenerationConfig.from_dict(given.to_dict())  # type: ignore[no-any-return]
-    hub = hub_arguments(kwargs)
-    try:
-        return GenerationConfig.from_pretrained(path, **hub)
-    except OSError:
-        return GenerationConfig.from_pretrained(
-            path, config_file_name="config.json", _from_model_config=True, **hub
-        )
