@@ -52,7 +52,7 @@ BEIT = ArchitectureSpec(
     },
 )
 
-# Left out: segmentation, which reads several layers, and the visual tokens of masked images.
+# Left out: segmentation, whose head is a network of its own over several layers.
 _HEADS = {
     "BeitForImageClassification": HeadRule(
         head_type="image_classification",
@@ -63,6 +63,12 @@ _HEADS = {
             "use_pooler": True,
             "dropout_prob": 0.0,
         },
+    ),
+    "BeitForMaskedImageModeling": HeadRule(
+        head_type="masked_image_tokens",
+        weights={"layernorm": "norm", "lm_head": "layers.0"},
+        config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
+        config_from={"vocab_size": "vocab_size"},
     ),
 }
 
@@ -75,7 +81,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
-    """Image classification."""
+    """Image classification, and the visual tokens of masked images."""
     return [
         HeadConversion(architecture=BEIT.name, static_class=name, heads=(rule,))
         for name, rule in _HEADS.items()

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import ArchitectureSpec, LayerSpec, ResidualSite, hookimpl
+from flexheads import (
+    ArchitectureSpec,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+    hookimpl,
+)
 
 
 def _tower(name: str) -> LayerSpec:
@@ -100,9 +107,59 @@ CLIP = ArchitectureSpec(
 )
 
 
-# The static classes have no head that a flexible one could equal: projections into the common
-# space, and a classifier on the mean of the patches. Adapters work on all of them.
+def _projection(weights: str, output: str) -> HeadRule:
+    """The projection of one tower into the common space."""
+    return HeadRule(
+        head_type="embedding",
+        weights={weights: "layers.0"},
+        config={
+            "layers": 1,
+            "activation_function": None,
+            "pooling": "pooler",
+            "bias": False,
+            "normalise": False,
+            "dropout_prob": 0.0,
+        },
+        config_from={"embedding_size": "projection_dim"},
+        output=output,
+    )
+
+
+# Its class has a configuration of both towers, and one of them.
+_CLASSIFICATION = HeadRule(
+    head_type="image_classification",
+    weights={"classifier": "layers.0"},
+    config={
+        "layers": 1,
+        "activation_function": None,
+        "pooling": "patch_mean",
+        "dropout_prob": 0.0,
+    },
+)
+
+_HEADS = {
+    "CLIPTextModelWithProjection": (TEXT, _projection("text_projection", "text_embeds")),
+    "CLIPVisionModelWithProjection": (VISION, _projection("visual_projection", "image_embeds")),
+}
+
+
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
     """CLIP and its two towers."""
     return [TEXT, VISION, CLIP]
+
+
+@hookimpl
+def flexheads_register_conversions() -> Iterable[HeadConversion]:
+    """The projections into the common space, and image classification."""
+    projections = [
+        HeadConversion(architecture=spec.name, static_class=name, heads=(rule,))
+        for name, (spec, rule) in _HEADS.items()
+    ]
+    classification = HeadConversion(
+        architecture=VISION.name,
+        static_class="CLIPForImageClassification",
+        heads=(_CLASSIFICATION,),
+        model_type="clip",
+    )
+    return [*projections, classification]

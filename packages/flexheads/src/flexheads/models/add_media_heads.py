@@ -116,3 +116,18 @@ class AddMediaHeadsMixin(HeadsMixin):
         """Adds the pixels of images; `stride` is the size of a patch that one position draws."""
         config = {"stride": stride, **further}
         self.add_head(head_name, "masked_image_modeling", overwrite_ok, set_active, **config)
+
+    def add_masked_image_tokens_head(
+        self,
+        head_name: str,
+        vocab_size: int | None = None,
+        layers: int = 1,
+        activation_function: str | None = "tanh",
+        overwrite_ok: bool = False,
+        set_active: bool = True,
+        **further: Any,
+    ) -> None:
+        """Adds the visual tokens of images, of a codebook of size `vocab_size`."""
+        config = {"vocab_size": vocab_size, "layers": layers}
+        config |= {"activation_function": activation_function, **further}
+        self.add_head(head_name, "masked_image_tokens", overwrite_ok, set_active, **config)

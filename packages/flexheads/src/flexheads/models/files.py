@@ -33,6 +33,7 @@ from flexheads.methods.config import load_config
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
 from flexheads.sites.base import input_embeddings
+from flexheads.sites.finding import first
 from flexheads.specs import Spec
 
 logger = logging.getLogger(__name__)
@@ -205,12 +206,11 @@ class SavingMixin(AdapterModelMixin):
 
     def _backbone_name(self) -> str:
         """The name under which the backbone hangs in this model, or would in one with a head."""
-        attachment = self._attachment
-        backbone, paths = attachment.backbone, attachment.paths().values()
-        named = (name for name, child in self.named_children() if child is backbone)
+        backbone = self._attachment.backbone
         # In files the name of a tower is a part of its paths; some releases hold it under that.
-        free = (name for name in named if not any(p.startswith(f"{name}.") for p in paths))
-        return str(next(free, backbone.base_model_prefix))
+        inside = {first(layers.path).partition(".")[0] for layers in self._attachment.spec.layers}
+        named = (name for name, child in self.named_children() if child is backbone)
+        return str(next((n for n in named if n not in inside), backbone.base_model_prefix))
 
     def _embeddings(self) -> Tensor | None:
         """The weight of the token embeddings, or None for a model that reads something else."""

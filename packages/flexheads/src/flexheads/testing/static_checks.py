@@ -38,7 +38,7 @@ def check_conversion(static_class: str) -> None:
     name = registry().architecture(conversion.architecture).with_heads
     model = with_heads_class(name)(tiny_config(conversion.architecture)).eval()
     model._attachment.backbone.load_state_dict(_backbone_state(static, model), strict=False)
-    inputs = tiny_inputs(static.config, batch=4)
+    inputs = tiny_inputs(model.config, batch=4)
     heads = ["a" + rule.suffix for rule in conversion.heads]
     with tempfile.TemporaryDirectory() as directory:
         static.save_adapter(directory, "a")
@@ -115,5 +115,6 @@ def check_generation(static_class: str) -> None:
 
 def _backbone_state(static: Any, model: ModelWithHeads) -> dict[str, Tensor]:
     """The static model's backbone weights; a part that its class leaves out stays random."""
-    own = static._attachment.backbone.state_dict()
-    return {k: v for k, v in own.items() if k in model._attachment.backbone.state_dict()}
+    own, wanted = static._attachment.backbone.state_dict(), model._attachment.backbone.state_dict()
+    part = {key.partition(".")[2]: tensor for key, tensor in own.items()}  # of several
+    return {key: tensor for key, tensor in {**part, **own}.items() if key in wanted}

@@ -42,7 +42,10 @@ def tiny_static(class_name: str, seed: int = 0, **changes: Any) -> Any:
     Biases and norms are drawn too, so that a check can tell whether one was lost.
     """
     torch.manual_seed(seed)
-    architecture = registry().conversion(class_name).architecture
+    conversion = registry().conversion(class_name)
+    architecture = conversion.architecture
+    if conversion.model_type is not None:
+        architecture = registry().architecture_for(conversion.model_type).name
     model = getattr(transformers, class_name)(tiny_config(architecture, **changes)).eval()
     return randomise(model, std=0.1)
 
