@@ -37,6 +37,7 @@ class CustomHeadsMixin(HeadsMixin):
         Raises:
             ConfigError: If the name is taken, it is no head, or made for another hidden size.
             UnknownNameError: If its type is neither installed nor registered.
+            UnsupportedError: If the model lacks what the head would read.
         """
         if not isinstance(head, PredictionHead):
             raise ConfigError(
@@ -50,6 +51,8 @@ class CustomHeadsMixin(HeadsMixin):
                 f"Head {head.name!r} was built for hidden size {head.hidden_size}, but this model "
                 f"has {size}."
             )
+        head.check_architecture(self._attachment.spec)
+        self._check_pooler(head.name, head.config)
         _settle(head)
         place(head, self._attachment.backbone, which=-1)
         self._install_head(head.train(self.training))
@@ -140,6 +143,7 @@ class CustomHeadsMixin(HeadsMixin):
             built = super()._build_head(name, head_type, config, provider, tolerant)
             _name_type(built, head_type)
             return built
+        kind.check_architecture(self._attachment.spec)
         head = kind.make(self, name, head_type, config, tolerant)
         place(head, self._attachment.backbone, which=-1)
         return head.train(self.training)
