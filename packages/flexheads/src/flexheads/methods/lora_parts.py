@@ -7,6 +7,7 @@ Shapes: a hidden state is ``(batch, sequence, in)``, a result ``(batch, sequence
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from flexheads.errors import UnsupportedError
 from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
-from flexheads.sites.linear import LinearPart, Projection
+from flexheads.sites.linear import Bank, LinearPart, Projection
 
 Folded = tuple[Tensor, Tensor | None]
 """A projection's weight and bias."""
@@ -189,11 +190,62 @@ class LowRank(Delta):
         added = torch.addmm(output.flatten(0, -2), inner, self.lora_B.t(), alpha=self.scaling)
         return added.view(output.shape)
 
+    def bank(self, chains: Sequence[Sequence[LinearPart]]) -> Bank | None:
+        parts = [chain[0] if chain else None for chain in chains]
+        fitting = all(part is None or self._is_alike(part) for part in parts)
+        if not fitting or any(len(chain) > 1 for chain in chains):
+            return None
+        return LowRankBank(parts)  # type: ignore[arg-type]
+
+    def _is_alike(self, part: LinearPart) -> bool:
+        """Whether another part differs in its numbers only, so that both can be one product."""
+        return (
+            type(part) is LowRank is type(self)
+            and not any((part.gate, part.m, self.gate, self.m))
+            and part.lora_A.shape == self.lora_A.shape
+            and part.dropout.p == self.dropout.p
+        )
+
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
 
     def delta(self) -> Tensor:
         return self.lora_B @ self.lora_A
+
+
+class LowRankBank:
+    """Low-rank parts of one shape, each for some rows, as two batched products.
+
+    The factors are stacked in every call, which costs less than one product with them; so there is
+    no copy that could grow old.
+
+    Args:
+        parts: The part of each chain; None for a chain that does nothing here.
+    """
+
+    def __init__(self, parts: Sequence[LowRank | None]) -> None:
+        self.parts = [part for part in parts if part is not None]
+        self.idle = len(self.parts) < len(parts)
+        self.factors = [0.0 if part is None else part.scaling for part in parts]
+        numbers = iter(range(len(self.parts)))
+        self.places = [0 if part is None else next(numbers) for part in parts]
+
+    def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor:
+        """The new result of every row; see `flexheads.sites.linear.Bank`."""
+        first = self.parts[0]
+        dropped = first.dropout(hidden.to(first.dtype))
+        place = chain_of_row
+        if self.idle:
+            place = torch.tensor(self.places, device=place.device)[place]
+        down = torch.stack([part.lora_A for part in self.parts]).index_select(0, place)
+        up = torch.stack([part.lora_B for part in self.parts]).index_select(0, place)
+        inner = torch.bmm(dropped, down.transpose(1, 2))
+        if len(set(self.factors)) == 1:
+            change = torch.bmm(inner * self.factors[0], up.transpose(1, 2))
+        else:
+            factors = inner.new_tensor(self.factors)[chain_of_row]
+            change = torch.bmm(inner * factors.view(-1, 1, 1), up.transpose(1, 2))
+        return output + change.to(output.dtype)
 
 
 class Anchored(LowRank):

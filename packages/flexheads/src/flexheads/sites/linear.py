@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -228,6 +228,19 @@ class LinearPart(nn.Module):
         """
         return output
 
+    def bank(self, chains: Sequence[Sequence[LinearPart]]) -> Bank | None:
+        """What runs the chains of different rows as one product; None where nothing can.
+
+        Args:
+            chains: The parts of each chain; the first part of all is this one.
+        """
+        return None
+
+
+Bank = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From a projection's input and result, ``(batch, sequence, ...)``, and the number of each row's
+chain, ``(batch,)``, to its new result."""
+
 
 class LinearOp(NamedTuple):
     """What a linear site does in one plan."""
@@ -238,6 +251,8 @@ class LinearOp(NamedTuple):
     """Whether some part changes the input."""
     plain: bool = False
     """Whether one chain does all there is to do, on the module's whole result as it is."""
+    bank: Bank | None = None
+    """What runs all chains as one product, where their parts are of one shape."""
 
     def for_chain(self, chain: int) -> LinearOp:
         """The same for the rows of one chain only."""
@@ -297,7 +312,10 @@ class AttachedLinear(AttachedSite):
     def op(self, chains: Sequence[Sequence[LinearPart]], rows: RowMap | None) -> LinearOp:
         enters = any(part.changes_input for chain in chains for part in chain)
         plain = rows is None and not self.folded and self.projection.columns is None
-        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters, plain)
+        bank = None
+        if rows is not None and not enters:
+            bank = next(part for chain in chains for part in chain).bank(chains)
+        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters, plain, bank)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op = self._planned()
@@ -317,7 +335,10 @@ class AttachedLinear(AttachedSite):
         if op.enters and self.projection.columns is not None:
             hidden = run_chains(op.chains, op.rows, _enter, hidden)
             own = self.projection.run(hidden)
-        own = run_chains(op.chains, op.rows, self._run, hidden, own)
+        if op.bank is not None and op.rows is not None and hidden.dim() == 3:
+            own = op.bank(hidden, own, op.rows.chain_of_row(hidden.shape[0], hidden.device))
+        else:
+            own = run_chains(op.chains, op.rows, self._run, hidden, own)
         return self.folded_as(output, self.projection.into(whole, own))
 
     def _run(self, parts: Sequence[LinearPart], hidden: Tensor, output: Tensor) -> Tensor:
