@@ -125,7 +125,9 @@ def coral(
     return (losses.sum(-1) * counted).sum() / counted.sum().clamp(min=1)
 
 
-def _regression(name: str, difference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _regression(difference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of labels that may have the shape of the scores or lack their last dimension."""
+
     @functools.wraps(difference)
     def loss(scores: Tensor, labels: Tensor, **parameters: float) -> Tensor:
         labels = labels.to(scores.dtype)
@@ -133,21 +135,23 @@ def _regression(name: str, difference: Callable[..., Tensor]) -> Callable[..., T
             labels = labels.reshape(scores.shape)
         return difference(scores, labels, **parameters)
 
-    loss.__name__ = name
     return loss
 
 
-def _mse(scores: Tensor, labels: Tensor) -> Tensor:
+@_regression
+def mse(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean squared error."""
     return functional.mse_loss(scores, labels)
 
 
-def _l1(scores: Tensor, labels: Tensor) -> Tensor:
+@_regression
+def l1(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean absolute error."""
     return functional.l1_loss(scores, labels)
 
 
-def _huber(scores: Tensor, labels: Tensor, *, delta: float = 1.0) -> Tensor:
+@_regression
+def huber(scores: Tensor, labels: Tensor, *, delta: float = 1.0) -> Tensor:
     """Squared up to `delta`, absolute beyond (Huber 1964)."""
     return functional.huber_loss(scores, labels, delta=delta)
 
@@ -157,9 +161,9 @@ LOSSES: Mapping[str, Callable[..., Tensor]] = {
     "focal": focal,
     "binary_cross_entropy": binary_cross_entropy,
     "binary_focal": binary_focal,
-    "mse": _regression("mse", _mse),
-    "l1": _regression("l1", _l1),
-    "huber": _regression("huber", _huber),
+    "mse": mse,
+    "l1": l1,
+    "huber": huber,
     "coral": coral,
     "contrastive": row_losses.contrastive,
     "multiple_negatives_ranking": row_losses.multiple_negatives_ranking,

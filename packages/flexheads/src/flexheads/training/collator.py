@@ -18,6 +18,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _NAMES = {"label": "labels", "label_ids": "labels"}
 _POSITIONS = ("start_positions", "end_positions")
 
+_pad: Any = pad_without_fast_tokenizer_warning
+
 Item = Mapping[str, Any]
 
 
@@ -97,7 +99,7 @@ class MultiTaskCollator:
             row.setdefault("attention_mask", [1] * length)
             if "token_type_ids" in names:
                 row.setdefault("token_type_ids", [0] * length)
-        padded: Mapping[str, Tensor] = pad_without_fast_tokenizer_warning(
+        padded: Mapping[str, Tensor] = _pad(
             self.tokenizer,
             rows,
             padding=True,
@@ -155,14 +157,25 @@ class MultiTaskCollator:
             ) from error
 
     def _by_token(self, name: str, items: list[Item], values: list[Any]) -> bool:
-        """Whether labels have one number for each token."""
+        """Whether labels have one number for each token.
+
+        Raises:
+            LabelError: If they should, and have not.
+        """
         said = self.token_labels.get(items[0][COLUMN])
-        if said is not None:
-            return said
-        return all(
-            isinstance(value, list) and len(value) == len(item["input_ids"])
-            for item, value in zip(items, values, strict=True)
-        )
+        if said is False:
+            return False
+        for item, value in zip(items, values, strict=True):
+            length = len(item["input_ids"])
+            if isinstance(value, list) and len(value) == length:
+                continue
+            if said:
+                count = len(value) if isinstance(value, list) else "no"
+                raise LabelError(
+                    f"An item of task {item[COLUMN]!r} has {count} labels for {length} tokens."
+                )
+            return False
+        return True
 
     def _spread(
         self, labels: Tensor, head: str, rows: list[int], given: Sequence[Any], batch: int

@@ -72,11 +72,12 @@ class MixedDataset(Dataset[Item]):
         sampling: What the shares are proportional to: ``"proportional"``, to the number of items;
             ``"temperature"``, to that number to the power of ``1 / temperature``
             (arXiv:1907.05019); ``"uniform"``, all alike; ``"round_robin"``, all alike, and the
-            tasks take turns.
+            tasks take turns, see `block`.
         temperature: 1 is proportional; the larger, the more alike.
         size: Items in an epoch; None is as many as there are.
-        block: Under ``"round_robin"``, how many items of one task come in a row. With that of the
-            batch, `in_order` gives batches of one task each.
+        block: Under ``"round_robin"``, how many items of one task come in a row: one number for all
+            tasks, or one for each, and then the shares are as these are. With the size of a batch,
+            or multiples of it, `in_order` gives batches of one task each.
         seed: Of everything random.
 
     Raises:
@@ -90,10 +91,10 @@ class MixedDataset(Dataset[Item]):
         *,
         temperature: float | None = None,
         size: int | None = None,
-        block: int = 1,
+        block: int | Mapping[str, int] = 1,
         seed: int = 0,
     ) -> None:
-        if not isinstance(datasets, Mapping) or not datasets:
+        if not datasets or not hasattr(datasets, "items"):
             raise ConfigError("A MixedDataset takes datasets by task, for example {'ner': ...}.")
         if sampling not in _WEIGHTS:
             raise ConfigError(f"sampling={sampling!r} is unknown. Known: {', '.join(_WEIGHTS)}.")
@@ -101,10 +102,13 @@ class MixedDataset(Dataset[Item]):
             raise ConfigError("temperature= and sampling='temperature' belong together.")
         if temperature is not None and not temperature > 0:
             raise ConfigError(f"temperature={temperature!r} should be a number over 0.")
-        if block < 1 or (block > 1 and sampling != "round_robin"):
-            raise ConfigError("block= is 1 or more, and only for sampling='round_robin'.")
+        if block != 1 and sampling != "round_robin":
+            raise ConfigError("block= is for sampling='round_robin'.")
         self.tasks = {name: TaskDataset(name, data) for name, data in datasets.items()}
-        self.sampling, self.temperature, self.block, self.seed = sampling, temperature, block, seed
+        self.sampling, self.temperature, self.seed = sampling, temperature, seed
+        self.blocks = dict(block) if isinstance(block, Mapping) else dict.fromkeys(datasets, block)
+        if set(self.blocks) != set(datasets) or min(self.blocks.values()) < 1:
+            raise ConfigError(f"block={block!r} is 1 or more, for all tasks or for each.")
         self.size = sum(map(len, self.tasks.values())) if size is None else size
         if self.size < 1:
             raise ConfigError(f"size={size!r} should be 1 or more.")
@@ -114,7 +118,10 @@ class MixedDataset(Dataset[Item]):
     def shares(self) -> dict[str, float]:
         """The share of each task, 1 together."""
         weigh = _WEIGHTS[self.sampling]
-        weights = {name: weigh(len(data), self.temperature) for name, data in self.tasks.items()}
+        weights = {
+            name: weigh(len(data), self.temperature) * self.blocks[name]
+            for name, data in self.tasks.items()
+        }
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
 
@@ -151,7 +158,8 @@ class MixedDataset(Dataset[Item]):
         """The task of each item in the epoch."""
         names = list(self.tasks)
         if self.sampling == "round_robin":
-            return [names[i // self.block % len(names)] for i in range(self.size)]
+            turn = [name for name in names for _ in range(self.blocks[name])]
+            return [turn[i % len(turn)] for i in range(self.size)]
         counts = _rounded(self.shares, self.size)
         order = [name for name in names for _ in range(counts[name])]
         random.Random(f"{self.seed} {self.epoch}").shuffle(order)
