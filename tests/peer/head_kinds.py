@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .pairs import NAME, SEED, inputs
 
@@ -39,6 +40,12 @@ ONE_OF_3 = {"labels": labels(3, below=3)}
 ANSWERS = {
     "start_positions": torch.tensor([0, 3, 400]),
     "end_positions": torch.tensor([2, 6, 400]),
+}
+# No word hangs on the root, and 0 fills the rows: the peer counts neither.
+TREES = {
+    "word_starts": torch.tensor([[1, 2, 4, 7], [1, 3, 6, 0], [2, 3, 0, 0]]),
+    "labels_arcs": functional.pad(torch.tensor([[2, 3, 1], [2, 1, 0], [1, 0, 0]]), (0, 4)),
+    "labels_rels": functional.pad(torch.tensor([[1, 0, 3], [0, 2, 0], [3, 0, 0]]), (0, 4)),
 }
 # The method that adds the head, its arguments, and the labels.
 HEADS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
@@ -75,6 +82,7 @@ HEADS: dict[str, tuple[str, dict[str, Any], dict[str, Tensor]]] = {
     ),
     "question_answering": ("qa", {}, ANSWERS),
     "question_answering_2": ("qa", {"layers": 2}, ANSWERS),
+    "dependency_parsing": ("dependency_parsing", {"num_labels": 4}, TREES),
     "masked_lm": ("masked_lm", {}, {"labels": lm_labels()}),
     "masked_lm_1": ("masked_lm", {"layers": 1}, {"labels": lm_labels()}),
     "masked_lm_3": (

@@ -46,7 +46,12 @@ class HeadNames:
         *("unanswerable", "null_threshold", "ignore_pad_arcs"),
     )
     # Left out where they say what that library does anyway; else it shall refuse the file.
-    _USUAL: Mapping[str, Any] = {"pooling": None, "hidden_layer": None, "layer_norm": False}
+    _USUAL: Mapping[str, Any] = {
+        "pooling": None,
+        "hidden_layer": None,
+        "side": None,
+        "layer_norm": False,
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
