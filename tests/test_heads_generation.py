@@ -234,6 +234,38 @@ def test_what_is_active_holds_too(pair: Any) -> None:
     same(generate(model, num_beams=2), named)
 
 
+def test_adapters_that_change_are_seen_by_the_next_generation(pair: Any) -> None:
+    _, model = pair
+    model = copy.deepcopy(model)
+    settings: dict[str, Any] = {"adapter_names": Rows(["lora", None, "lora"]), "head": "lm"}
+    before = generate(model, num_beams=2, **settings)
+    same(generate(model, num_beams=2, **settings), before)
+    model.delete_adapter("lora")
+    model.add_adapter("lora", "double_seq_bn")
+    randomise(model.adapters["lora"])
+    after = generate(model, num_beams=2, **settings)
+    own = alone(model, 2, num_beams=2, adapter_names="lora", head="lm").sequences
+    assert torch.equal(after.sequences[2:], own)
+    assert not torch.equal(after.logits[0], before.logits[0])
+
+
+def test_a_head_over_another_layer_writes_what_its_scores_say(pair: Any) -> None:
+    _, model = pair
+    model = copy.deepcopy(model)
+    two_sides = model.config.is_encoder_decoder
+    add = model.add_seq2seq_lm_head if two_sides else model.add_causal_lm_head
+    add("low", hidden_layer=-2, layers=2, tied=False)
+    randomise(model.heads["low"])
+    call = {name: value[:1] for name, value in prompts(model.config).items()}
+    written = alone(model, 0, output_hidden_states=False).sequences
+    key = "decoder_input_ids" if two_sides else "input_ids"
+    ids = written[:, :-NEW]
+    for _ in range(NEW):
+        scores = model(**{"input_ids": call["input_ids"], key: ids}).logits[:, -1]
+        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(written, ids)
+
+
 def test_threads_do_not_mix(pair: Any) -> None:
     _, model = pair
     setups: list[Any] = [Rows(["lora", None, "bottleneck"]), "prefix", Rows([None, "lora", "lora"])]
@@ -304,12 +336,14 @@ def test_streaming(pair: Any) -> None:
 
 def test_an_assistant_changes_the_speed_alone(pair: Any) -> None:
     static, model = pair
-    expected = alone(model, 0, head="lm", adapter_names="lora")
+    settings: dict[str, Any] = {"head": "lm", "adapter_names": "lora", "eos_token_id": 2}
+    expected = alone(model, 0, **settings).sequences
     for helper in (static, model):
-        found = alone(model, 0, head="lm", adapter_names="lora", assistant_model=helper)
-        assert torch.equal(found.sequences, expected.sequences)
-    looked_up = alone(model, 0, head="lm", adapter_names="lora", prompt_lookup_num_tokens=2)
-    assert torch.equal(looked_up.sequences, expected.sequences)
+        found = alone(model, 0, assistant_model=helper, **settings).sequences
+        assert torch.equal(found, expected)
+    if not model.config.is_encoder_decoder:  # its prompt begins with the token that ends it
+        looked_up = alone(model, 0, prompt_lookup_num_tokens=2, **settings).sequences
+        assert torch.equal(looked_up, expected)
 
 
 def test_only_what_is_asked_for_is_scored(pair: Any, monkeypatch: Any) -> None:
@@ -345,6 +379,11 @@ def test_who_cannot_generate_says_so_first(pair: Any, monkeypatch: Any) -> None:
         generate(model, head="topic")
     with pytest.raises(UnsupportedError, match="all score the same rows"):
         generate(model, head=["lm", "a-lm"])
+    if model.config.is_encoder_decoder:
+        model = copy.deepcopy(model)
+        model.add_seq2seq_lm_head("side", side="encoder")
+        with pytest.raises(UnsupportedError, match="'side' reads the encoder"):
+            generate(model, head="side")
     with pytest.raises(UnsupportedError, match=r"rows \[1\].*active_head"):
         generate(model, head=Rows(["lm", None, "a-lm"]))
     with pytest.raises(UnsupportedError, match="Nothing scores the vocabulary for the batch"):

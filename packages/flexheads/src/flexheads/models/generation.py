@@ -144,7 +144,13 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
         return active[0].output_embeddings(self._embeddings())
 
     def _generation_plan(self, plan: Plan) -> GenerationPlan:
-        """A plan as that of a generation, whose inputs are repeated for `Parallel` already."""
+        """A plan as that of a generation, whose inputs are repeated for `Parallel` already.
+
+        It is kept as other plans are, so that compiled code meets the same one again.
+        """
+        kept = self._attachment.runtime.plans.get(("generation", plan))
+        if isinstance(kept, GenerationPlan):
+            return kept
         routing = dataclasses.replace(plan.routing, repeat=1)
 
         @functools.cache
@@ -153,8 +159,9 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             heads = tuple(_repeat_route(route, times) for route in plan.heads)
             return _as_generation(self._make_plan(setup, heads, plan.skip_layers))
 
-        own = _as_generation(plan, routing=routing)
-        return dataclasses.replace(own, rows=_rows_named(plan), expanded=expanded)
+        own = _as_generation(plan, routing=routing, rows=_rows_named(plan), expanded=expanded)
+        self._keep_plan(("generation", plan), own)
+        return own
 
     def _prepare_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
@@ -230,6 +237,11 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             raise UnsupportedError(
                 f"Head {head.name!r} is of type {head.head_type}, which does not generate; "
                 f"{'seq2seq_lm' if two_sides else 'causal_lm'} does."
+            )
+        if getattr(head.config, "side", None) is not None:
+            raise UnsupportedError(
+                f"Head {head.name!r} reads the {head.config.side} alone; what is written comes "
+                "from the decoder."
             )
         if head.writes_labels and not two_sides:
             raise UnsupportedError(

@@ -279,11 +279,16 @@ class AdapterModelMixin(MergingMixin):
         plan = runtime.plans.get(key)
         if plan is None:
             plan = self._make_plan(block, self._call_heads(block, adapter_names, head), skip)
-            if len(runtime.plans) >= _PLANS_KEPT:
-                runtime.plans.clear()
             if runtime.active is active:
-                runtime.plans[key] = plan
+                self._keep_plan(key, plan)
         return plan
+
+    def _keep_plan(self, key: Any, plan: Plan) -> None:
+        """Keeps a plan for calls to come."""
+        plans = self._attachment.runtime.plans
+        if len(plans) >= _PLANS_KEPT:
+            plans.clear()
+        plans[key] = plan
 
     def _call_heads(
         self, block: Block | None, adapter_names: Setup, head: Any
