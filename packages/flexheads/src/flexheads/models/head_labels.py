@@ -15,14 +15,14 @@ from flexheads.models.setups import SetupMixin
 class HeadLabelsMixin(SetupMixin):
     """The labels of named heads.
 
-    ``config.id2label``, ``config.label2id`` and ``config.num_labels`` are those of the active head.
-    Where it has none, or where no head or more than one is active, they are what the model had
-    before, or what was assigned to them since.
+    ``config.id2label``, ``config.label2id`` and ``config.num_labels`` are those of the active head,
+    or where that has none those of the last one before it. Where no head is active, or several are,
+    they are what the model itself had, or what was assigned to them since.
     """
 
     heads: NamedModules[PredictionHead]
     _shown: Any = None
-    """What the configuration shows of a head, and what it said before."""
+    """Of which head the configuration shows labels, these labels, and what it said before."""
 
     def get_labels_dict(self, head_name: str | None = None) -> dict[int, str]:
         """The label names of a head by number.
@@ -34,7 +34,7 @@ class HeadLabelsMixin(SetupMixin):
             UnknownNameError: If there is no such head, or not exactly one is active.
             UnsupportedError: If the head has no labels.
         """
-        name = self.active_head if head_name is None else head_name  # type: ignore[attr-defined]
+        name = self.active_head if head_name is None else head_name
         if not isinstance(name, str):
             raise UnknownNameError("active head", name, self.heads, "Name one.")
         labels = self.heads[name].id2label
@@ -48,20 +48,18 @@ class HeadLabelsMixin(SetupMixin):
 
     def _show_labels(self) -> None:
         """Lets the model's configuration name the labels of the active head."""
-        routes = self._attachment.runtime.active.heads
-        labels = self.heads[routes[0].head].id2label if len(routes) == 1 else None
-        if labels is None and self._shown is None:
-            return
-        config = self._attachment.backbone.config
-        own = config.id2label, config.label2id
-        if self._shown is not None and config.id2label == self._shown[0]:
-            own = self._shown[1]
-        if labels is None:
+        config, routes = self._attachment.backbone.config, self._attachment.runtime.active.heads
+        head = self.heads[routes[0].head] if len(routes) == 1 else None
+        shown, labels, own = self._shown or (None, None, None)
+        if self._shown is None or config.id2label != labels:
+            own = config.id2label, config.label2id
+        if head is not None and head.id2label is not None:
+            names = head.id2label
+            config.id2label, config.label2id = names, {name: n for n, name in names.items()}
+            self._shown = head.name, names, own
+        elif self._shown is not None and (head is None or shown not in self.heads):
             config.id2label, config.label2id = own
             self._shown = None
-        else:
-            config.id2label, config.label2id = labels, {n: i for i, n in labels.items()}
-            self._shown = labels, own
 
 
 def with_names(kind: type[HeadConfig], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,18 +74,18 @@ def with_names(kind: type[HeadConfig], config: Mapping[str, Any]) -> dict[str, A
         LabelError: If two of these contradict each other.
         ConfigError: If the class has no names of labels.
     """
-    fields = dict(config)
+    fields, known = dict(config), kind._names()
+    count = "num_labels" if "num_labels" in known else "num_choices"
     by_number, by_name = fields.pop("id2label", None), fields.get("label2id")
-    if by_number is None and not isinstance(by_name, Mapping):
+    counted = fields.get(count) is not None
+    if by_number is None and (counted or not isinstance(by_name, Mapping)):
         return fields
-    known = kind._names()
     if "label2id" not in known:
         raise ConfigError(f"{kind.__name__} has no labels, so id2label and label2id name nothing.")
     if by_number is None:
-        by_number = {number: name for name, number in by_name.items()}  # type: ignore[union-attr]
-    count = "num_labels" if "num_labels" in known else "num_choices"
+        by_number = {number: name for name, number in (by_name or {}).items()}
     named = label_names(fields.get(count), by_number)
-    if by_name is not None and dict(by_name) != named["label2id"]:
+    if by_name is not None and by_name != named["label2id"]:
         raise LabelError(
             f"id2label={by_number!r} and label2id={by_name!r} contradict each other; leave one out."
         )

@@ -53,11 +53,11 @@ class PredictMixin(HeadsMixin):
 
         Args:
             head: The head's name.
-            samples: Any number of samples, or one alone (a string or a mapping). What they look
-                like is up to the head's type: a text, a list of its words, a tuple of two texts;
-                for question answering ``(question, context)`` or ``{"question", "context"}``; for
-                multiple choice ``(prompt, choices)`` or ``{"prompt", "choices"}``; images for
-                models of images, rows of numbers for models of sound.
+            samples: Any number of samples, or one alone (a string, a tuple or a mapping). What
+                they look like is up to the head's type: a text, a list of its words, a tuple of two
+                texts; for question answering ``(question, context)`` or ``{"question",
+                "context"}``; for multiple choice ``(prompt, choices)`` or ``{"prompt",
+                "choices"}``; images for models of images, rows of numbers for models of sound.
             tokenizer: The tokenizer, or the image processor, feature extractor or processor. None
                 loads what was saved with the model.
             batch_size: How many pieces the model reads at once; a piece is a sample, or a window of
@@ -86,7 +86,7 @@ class PredictMixin(HeadsMixin):
         _check_decoding(module, options)
         if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"batch_size={batch_size!r} should be a whole number, at least 1.")
-        alone = isinstance(samples, str | Mapping)
+        alone = isinstance(samples, str | Mapping | tuple)
         given = [samples] if alone else list(samples)
         setup = self._setup_of_predict(head, adapter_names, len(given))
         inputs = self._attachment.spec.inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from transformers.utils.hub import cached_file
 
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.heads.inputs import Samples
@@ -17,6 +18,10 @@ _LOADERS = {
     "features": ("AutoProcessor", "processor"),
     "waveform": ("AutoProcessor", "processor"),
 }
+_QUIET = tuple(
+    f"_raise_exceptions_for_{what}"
+    for what in ("missing_entries", "gated_repo", "connection_errors")
+)
 _LARGE = 10**6
 """Tokenizers that know no limit say a number far above this."""
 
@@ -39,12 +44,27 @@ def processor_for(model: Any, inputs: Inputs) -> Any:
             f"(config.name_or_path is empty). Pass tokenizer=, the {what} that it was trained with."
         )
     try:
-        return getattr(transformers, loader).from_pretrained(path)
+        found = getattr(transformers, loader).from_pretrained(path)
+        if inputs == "tokens":
+            _check_vocabulary(path, found)
+        return found
     except Exception as error:  # whatever is wrong with the files, or with the way to them
         raise ConfigError(
             f"No {what} was given, and {path!r} gives none: {str(error).splitlines()[0]} Pass "
             f"tokenizer=, the {what} that the model was trained with."
         ) from error
+
+
+def _check_vocabulary(path: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer that was made of nothing, as newer transformers do where files lack.
+
+    Raises:
+        ConfigError: If none of its files is there.
+    """
+    names = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    quiet: dict[str, Any] = dict.fromkeys(_QUIET, False)
+    if not any(cached_file(path, name, **quiet) for name in names):
+        raise ConfigError(f"none of {', '.join(sorted(names))} is there.")
 
 
 def samples_for(head: Any, inputs: Inputs) -> Samples:
