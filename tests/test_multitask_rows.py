@@ -225,7 +225,7 @@ def test_bad_tasks_and_rows_are_refused() -> None:
     inputs = inputs_of(model)
     with pytest.raises(UnknownNameError, match="no head named 'thre"):
         model(**inputs, head=Rows(["one", "three"] * 4))
-    with pytest.raises(CompositionError, match="8 rows|has 8"):
+    with pytest.raises(CompositionError, match="the batch has 8"):
         model(**inputs, head=Rows(["one", "two"]))
     with pytest.raises(CompositionError, match="A row has one head"):
         model(**inputs, head=Rows([Stack("one", "two")] * 8))
@@ -233,7 +233,7 @@ def test_bad_tasks_and_rows_are_refused() -> None:
         model(**inputs, adapter_names=Parallel("one", "two"), head=Rows(NAMES))
     with pytest.raises(ConfigError, match="not both"):
         model(**inputs, head="one", task="one")
-    with pytest.raises(ConfigError, match="tasks= is missing|is missing"):
+    with pytest.raises(ConfigError, match="is missing"):
         model(**inputs, task=torch.zeros(8).long())
     with pytest.raises(UnknownNameError, match="no task named 2"):
         model(**inputs, task=torch.full((8,), 2), tasks=["one", "two"])

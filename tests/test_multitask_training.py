@@ -404,11 +404,22 @@ def test_metrics_are_those_of_the_heads_own_rows(tokenizer: Any, tmp_path: Path)
         batch = collate([data["price"][i] for i in range(6)])
         loss = model(**batch)["price"].loss.item()
         assert found["eval_price_mse"] == pytest.approx(loss, rel=1e-5)
-    # Batches that all have rows of the same heads can be measured together too.
-    pair = [data[task][i] for i in range(6) for task in ("ner", "topic")]
-    together = trainer.evaluate(pair, metric_key_prefix="both")
-    assert together["both_topic_accuracy"] == pytest.approx(found["eval_topic_accuracy"])
-    assert together["both_ner_f1"] == pytest.approx(found["eval_ner_f1"])
+
+
+def test_batches_of_several_tasks_are_measured_by_the_names_of_their_heads(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    model, data = with_heads(), dataset(1)
+    apart = trainer_of(model, tokenizer, tmp_path, dataset()).evaluate()
+    joining = trainer_of(model, tokenizer, tmp_path, dataset())
+    with pytest.raises(ConfigError, match="eval_do_concat_batches=False"):
+        joining.evaluate([data.tasks[task][i] for i in range(6) for task in ("ner", "topic")])
+    # Each batch of four has rows of other heads than the one before.
+    rows = sorted((data[i] for i in range(30)), key=lambda row: len(str(row["input_ids"])))
+    settings = {"eval_do_concat_batches": False}
+    together = trainer_of(model, tokenizer, tmp_path, dataset(), **settings).evaluate(rows)
+    for name in ("topic_accuracy", "ner_f1", "qa_exact_span", "choice_accuracy", "price_mse"):
+        assert together[f"eval_{name}"] == pytest.approx(apart[f"eval_{name}"], rel=1e-5), name
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_its_learned_weights(
@@ -451,11 +462,19 @@ def test_metrics_that_do_not_fit_are_refused() -> None:
     metrics, logits = MultiTaskMetrics({"a": accuracy, "b": accuracy}), np.zeros((2, 3))
     with pytest.raises(ConfigError, match="not by head"):
         metrics(Evaluation(logits, np.zeros(2)))
-    with pytest.raises(ConfigError, match="one by one"):
-        metrics(Evaluation(({"logits": logits},) * 3, {"a": np.zeros(2), "b": np.zeros(2)}))
+    with pytest.raises(ConfigError, match="3 heads predicted"):
+        metrics(Evaluation([({"logits": logits},) * 3], [{"a": np.zeros(2), "b": np.zeros(2)}]))
     with pytest.raises(ConfigError, match="rows do not match"):
         metrics(Evaluation({"logits": logits}, {"a": np.zeros(3)}))
     assert metrics(Evaluation({"logits": logits}, {"other": np.zeros(2)})) == {}
+
+
+def test_heads_that_all_answer_are_told_apart_by_their_order() -> None:
+    metrics = MultiTaskMetrics({"a": accuracy, "b": accuracy}, heads=["b", "a"])
+    first, second = np.eye(2)[[0, 0]], np.eye(2)[[1, 1]]
+    labels = {"a": np.array([1, 1]), "b": np.array([1, 0])}
+    found = metrics(Evaluation(({"logits": first}, {"logits": second}), labels))
+    assert found == {"a_accuracy": 1.0, "b_accuracy": 0.5}
 
 
 def test_entities_are_read_as_conll_does() -> None:

@@ -22,48 +22,84 @@ class MultiTaskMetrics:
     together, the names of their metrics begin with that of the head; with
     ``eval_dataset={task: ...}``, as `MixedDataset.by_task` gives it, the trainer does that.
 
+    The trainer joins batches by the place of their outputs, which goes wrong where batches have
+    rows of different heads. Batches of several tasks therefore need
+    ``TrainingArguments(eval_do_concat_batches=False)``; they are joined here then.
+
     Args:
         metrics: The metric of each head. Heads without one have their loss only.
+        heads: The heads in the order in which all of them answer in every batch, that of
+            ``active_head``, for samples with several labels; None is for batches that
+            `MultiTaskCollator` has made.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric]) -> None:
-        self.metrics = dict(metrics)
+    def __init__(self, metrics: Mapping[str, Metric], heads: Sequence[str] | None = None) -> None:
+        self.metrics, self.heads = dict(metrics), None if heads is None else tuple(heads)
 
     def __call__(self, evaluation: Any) -> dict[str, float]:
         """The numbers of an evaluation.
 
         Raises:
-            ConfigError: If predictions and labels do not belong together, as when some batches had
-                rows of other heads than others; evaluate the tasks one by one then.
+            ConfigError: If predictions and labels do not belong together.
         """
-        labels, outputs = evaluation.label_ids, evaluation.predictions
+        outputs, labels = evaluation.predictions, evaluation.label_ids
+        joined = not isinstance(labels, list)
+        found: dict[str, list[tuple[Any, Any]]] = {}
+        for output, truth in [(outputs, labels)] if joined else zip(outputs, labels, strict=True):
+            for head, pair in self._by_head(output, truth, joined).items():
+                found.setdefault(head, []).append(pair)
+        numbers: dict[str, float] = {}
+        for head in sorted(found):
+            start = "" if len(found) == 1 else f"{head}_"
+            own = self._of(head, *map(_joined, zip(*found[head], strict=True)))
+            numbers |= {f"{start}{name}": number for name, number in own.items()}
+        return numbers
+
+    def _by_head(self, outputs: Any, labels: Any, joined: bool) -> dict[str, tuple[Any, Any]]:
+        """What each head of a batch, or of all batches that the trainer joined, gave and got."""
         if not isinstance(labels, Mapping):
             raise ConfigError(
                 "The labels are not by head, so it is not known whose metric is wanted; let "
                 "MultiTaskCollator make the batches."
             )
-        found = [outputs] if isinstance(outputs, Mapping) or len(labels) == 1 else list(outputs)
-        if len(found) != len(labels):
+        names = self.heads or sorted(labels)
+        if len(names) > 1 and joined and self.heads is None:
             raise ConfigError(
-                f"{len(found)} heads predicted, but there are labels for {list(labels)}. {_ALONE}"
+                f"The trainer has joined batches with rows of {names} by the place of their "
+                "outputs. Set eval_do_concat_batches=False in the TrainingArguments, or evaluate "
+                "one task after the other, with eval_dataset={task: dataset}."
             )
-        numbers: dict[str, float] = {}
-        for (head, truth), output in zip(labels.items(), found, strict=True):
-            start = "" if len(labels) == 1 else f"{head}_"
-            numbers |= {f"{start}{name}": n for name, n in self._of(head, output, truth).items()}
-        return numbers
+        found = [outputs] if len(names) == 1 else list(outputs)
+        if len(found) != len(names):
+            raise ConfigError(f"{len(found)} heads predicted, but these were expected: {names}.")
+        pairs = zip(names, found, strict=True)
+        return {n: (_scores(one), _labels(labels[n])) for n, one in pairs if n in labels}
 
-    def _of(self, head: str, output: Any, truth: Any) -> Mapping[str, float]:
+    def _of(self, head: str, predicted: Any, labels: Any) -> Mapping[str, float]:
         if head not in self.metrics:
             return {}
-        predicted, labels = _scores(output), _labels(truth)
         rows = {len(part) for part in (*_parts(predicted), *_parts(labels))}
         if len(rows) != 1:
-            raise ConfigError(f"Head {head!r}: {sorted(rows)} rows do not match. {_ALONE}")
+            raise ConfigError(f"Head {head!r}: {sorted(rows)} rows do not match.")
         return self.metrics[head](predicted, labels)
 
 
-_ALONE = "Evaluate the tasks one by one, with eval_dataset={task: dataset}."
+def _joined(parts: Sequence[Any]) -> Any:
+    """The arrays of several batches as one, filled up with -100 where lengths differ."""
+    if isinstance(parts[0], tuple):
+        return tuple(_joined(own) for own in zip(*parts, strict=True))
+    arrays = [np.asarray(part) for part in parts]
+    if arrays[0].ndim > 1:
+        longest = max(array.shape[1] for array in arrays)
+        arrays = [
+            np.pad(
+                array,
+                [(0, longest - array.shape[1] if axis == 1 else 0) for axis in range(array.ndim)],
+                constant_values=IGNORED,
+            )
+            for array in arrays
+        ]
+    return np.concatenate(arrays)
 
 
 def _parts(value: Any) -> tuple[Any, ...]:
