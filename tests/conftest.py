@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flexheads import BertModelWithHeads
 from flexheads.heads import Source
-from flexheads.testing import randomise, tiny_config, tiny_inputs
+from flexheads.models.static import init
+from flexheads.plugins import registry
+from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -209,3 +211,20 @@ def read(wordpieces: Any) -> Callable[..., tuple[dict[str, Tensor], Source]]:
         return dict(encoded), source
 
     return read
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
+    """Makes a random static model, and a flexible one with its backbone and its head, ``h``."""
+
+    def make(static_class: str, **changes: Any) -> tuple[Any, Any]:
+        static = init(tiny_static(static_class, **changes))
+        model = tiny_model(registry().conversion(static_class).architecture, **changes)
+        backbone, own = model._attachment.backbone, static._attachment.backbone.state_dict()
+        kept = {name: own[name] for name in backbone.state_dict() if name in own}
+        backbone.load_state_dict(kept, strict=False)
+        static.save_head(tmp_path / "static")
+        model.load_head(tmp_path / "static", load_as="h")
+        return static, model
+
+    return make

@@ -48,9 +48,9 @@ def _classes(spec: ArchitectureSpec) -> Iterator[str]:
     module = importlib.import_module(spec.backbone.partition(":")[0])
     for name, value in vars(module).items():
         own = inspect.isclass(value) and value.__module__ == module.__name__
-        if own and issubclass(value, PreTrainedModel) and hasattr(transformers, name):
-            if _HEADS.search(name):
-                yield name
+        public = own and issubclass(value, PreTrainedModel) and hasattr(transformers, name)
+        if public and _HEADS.search(name):
+            yield name
 
 
 SPECS = _available()

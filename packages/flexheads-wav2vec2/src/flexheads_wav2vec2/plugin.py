@@ -153,7 +153,11 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Text, classes of sounds and of frames, and voices."""
-    named = ((WAV2VEC2, "Wav2Vec2", _HEADS), (HUBERT, "Hubert", _OF_HUBERT), (WAVLM, "WavLM", _HEADS))
+    named = (
+        (WAV2VEC2, "Wav2Vec2", _HEADS),
+        (HUBERT, "Hubert", _OF_HUBERT),
+        (WAVLM, "WavLM", _HEADS),
+    )
     return [
         HeadConversion(
             architecture=spec.name, static_class=prefix + ending, heads=(_HEADS[ending],)

@@ -135,8 +135,9 @@ def _mix(rule: HeadRule, own: dict[str, Tensor], keys: Collection[str]) -> dict[
     """Takes the weights of the layers out of a flexible head, under the static class's name."""
     weights, scale = own.pop("mix.weights", None), own.pop("mix.scale", None)
     if (weights is None) != (rule.mixed_by not in keys):
-        head, static = ("the last layer", "a mix") if weights is None else ("a mix", "the last layer")
-        raise UnsupportedError(f"The head reads {head}, and the static class {static} of layers.")
+        mix, last = "a mix of layers", "the last layer"
+        head, static = (last, mix) if weights is None else (mix, last)
+        raise UnsupportedError(f"The head reads {head}, and the static class {static}.")
     if weights is None or scale is None:
         return {}
     if float(scale) != 1:

@@ -82,7 +82,9 @@ class AudioFrameClassificationHead(FeedForwardHead):
 
     def _frame_loss(self, scores: Tensor, labels: Tensor, real: Tensor | None) -> Tensor:
         if self.multilabel:
-            return self.loss(scores, labels) if real is None else self.loss(scores[real], labels[real])
+            return (
+                self.loss(scores, labels) if real is None else self.loss(scores[real], labels[real])
+            )
         if labels.dim() == 3:
             labels = labels.argmax(dim=-1)
         return self.loss(scores, labels if real is None else labels.masked_fill(~real, IGNORED))

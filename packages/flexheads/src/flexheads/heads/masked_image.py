@@ -99,7 +99,8 @@ class MaskedImageHead(PredictionHead):
             LabelError: If the labels have another size than what the head draws.
         """
         side = math.isqrt(features.hidden.shape[1])
-        patches = features.hidden[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+        patches = features.hidden[:, -side * side :].transpose(1, 2)
+        patches = patches.reshape(*patches.shape[:2], side, side)
         drawn = functional.pixel_shuffle(self.decoder(patches), self.config.stride)
         given, loss = labels.get("labels"), None
         if given is not None:
@@ -117,7 +118,7 @@ class MaskedImageHead(PredictionHead):
         if masked is None:
             return self.loss(drawn, pixels)
         side = math.isqrt(masked.shape[1])
-        square = masked.bool().unflatten(1, (side, side)).unsqueeze(1).to(drawn.dtype)
+        square = masked.bool().reshape(-1, 1, side, side).to(drawn.dtype)
         where = functional.interpolate(square, size=drawn.shape[-2:], mode="nearest")
         chosen = where.bool().expand_as(drawn)
         return self.loss(drawn[chosen], pixels[chosen])

@@ -23,8 +23,8 @@ def pool(features: Features, kind: str) -> Tensor:
         kind: ``first_token``; ``last_token``, the last that is no padding, on whichever side that
             is; ``eos``, the last end-of-sequence token; ``mean`` and ``max`` over all that are no
             padding; ``pooler``, what the model's trained pooler gives; for images ``patch_mean``
-            over all but the first position and registers, and ``first_token_and_patch_mean``, both in one
-            vector of twice the size.
+            over all but the first position and registers, and ``first_token_and_patch_mean``, both
+            in one vector of twice the size.
 
     Raises:
         UnsupportedError: If the model has no pooler, the tokens that tell where the sequence ends

@@ -121,10 +121,10 @@ class XVectorHead(PredictionHead):
         Raises:
             ConfigError: If a row has fewer than two frames behind the convolutions.
         """
-        hidden = self.projector(features.hidden)
+        lengths, hidden = self._lengths(features), self.projector(features.hidden)
         for layer in self.tdnn:
             hidden = layer(hidden)
-        vectors = self.embedding(_statistics(hidden, self._lengths(features)))
+        vectors = self.embedding(_statistics(hidden, lengths))
         logits, given = self.output(vectors), labels.get("labels")
         return head_output(
             XVectorOutput,
@@ -135,15 +135,21 @@ class XVectorHead(PredictionHead):
         )
 
     def _lengths(self, features: Features) -> Tensor:
-        """Real frames behind the convolutions; as in SUPERB, dilations are not counted."""
-        lost = sum(kernel - 1 for kernel in self.config.kernels)
-        lengths = frame_lengths(features) - lost
-        if not torch.compiler.is_compiling() and bool((lengths < 2).any()):
+        """Real frames behind the convolutions; as in SUPERB, dilations are not counted.
+
+        Raises:
+            ConfigError: If there are fewer than two.
+        """
+        kernels = [int(kernel) - 1 for kernel in self.config.kernels]
+        reach = sum(k * d for k, d in zip(kernels, self.config.dilations, strict=True))
+        real: Tensor = frame_lengths(features) - sum(kernels)
+        all_of_them = features.hidden.shape[1] - reach
+        if not torch.compiler.is_compiling() and min(all_of_them, int(real.min())) < 2:
             raise ConfigError(
-                f"Head {self.name!r} needs at least {lost + 2} frames of every sound, and one of "
-                f"these has {int(lengths.min()) + lost}: give longer sounds, or smaller kernels."
+                f"Head {self.name!r} needs at least {reach + 2} frames of every sound: give longer "
+                "sounds, or smaller kernels."
             )
-        return lengths
+        return real
 
     def _margin_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of scaled cosines, the right one less the margin (equations 6 and 7)."""
@@ -168,4 +174,6 @@ def _statistics(hidden: Tensor, lengths: Tensor) -> Tensor:
     count = real.sum(dim=1)
     mean = (hidden * real).sum(dim=1) / count
     squares = ((hidden - mean.unsqueeze(1)) ** 2 * real).sum(dim=1)
-    return torch.cat([mean, (squares / (count - 1)).sqrt()], dim=-1)
+    # Above zero, or frames that are all alike would have no gradient that is a number.
+    variance: Tensor = (squares / (count - 1)).clamp(min=torch.finfo(hidden.dtype).tiny)
+    return torch.cat([mean, variance.sqrt()], dim=-1)

@@ -128,6 +128,6 @@ class AddMediaHeadsMixin(HeadsMixin):
         **further: Any,
     ) -> None:
         """Adds the visual tokens of images, of a codebook of size `vocab_size`."""
-        config = {"vocab_size": vocab_size, "layers": layers}
+        config: dict[str, Any] = {"vocab_size": vocab_size, "layers": layers}
         config |= {"activation_function": activation_function, **further}
         self.add_head(head_name, "masked_image_tokens", overwrite_ok, set_active, **config)

@@ -20,7 +20,7 @@ def encode(backbone: PreTrainedModel, **inputs: Any) -> Seq2SeqModelOutput:
     Returns:
         What the backbone would return, with the encoder's states in place of the decoder's too.
     """
-    encoder: Any = backbone.get_encoder()  # type: ignore[operator]
+    encoder: Any = backbone.get_encoder()
     known = set(argument_names(type(encoder).forward))
     others = set(argument_names(type(backbone).forward)) - known
     output = encoder(**{name: value for name, value in inputs.items() if name not in others})
