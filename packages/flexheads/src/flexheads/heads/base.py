@@ -60,6 +60,8 @@ class PredictionHead(nn.Module):
         self.hidden_size = int(model_config.hidden_size)
         self.initializer_range = float(getattr(model_config, "initializer_range", 0.02))
         self.dropout_prob = _dropout(config, model_config)
+        if config.side and not getattr(model_config, "is_encoder_decoder", False):
+            raise UnsupportedError('This model has one side; add the head without side="encoder".')
         if config.hidden_layer is not None:
             states = _depth(model_config, config.side) + 1
             check_layer(config.hidden_layer, states)
