@@ -20,16 +20,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from flexheads.composition import Rows
-from flexheads.errors import UnsupportedError
 from flexheads.methods.config import load_config
 from flexheads.models.inputs import batch_size
-from flexheads.models.with_heads import ModelWithHeads
 from flexheads.plugins import registry, resolve
-from flexheads.sites.attention import AttachedAttention
 from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual
 from flexheads.specs import HeadConversion
+from flexheads.testing.block_checks import BLOCK_CHECKS, check_block
+from flexheads.testing.fitting import lacks, other_config, output, refusal
+from flexheads.testing.head_checks import check_head, check_head_refusals, head_types
 from flexheads.testing.static_checks import check_conversion, check_generation, same
 from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model
 
@@ -77,12 +76,11 @@ def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for check in (
         check_residual_sites,
         check_bare_backbone,
-        check_heads,
+        check_head_refusals,
         check_whole_model,
         check_training,
         check_attention_implementations,
         check_gradient_checkpointing,
-        check_rows,
     ):
         yield check.__name__.removeprefix("check_"), functools.partial(check, architecture)
     for config in configurations():
@@ -94,14 +92,10 @@ def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"conversion-{name}", functools.partial(check_conversion, name)
         if _generates(conversion):
             yield f"generation-{name}", functools.partial(check_generation, name)
-
-
-def _output(model: ModelWithHeads, **call: Any) -> Tensor:
-    """The last hidden state or the first output of the head, without gradients."""
-    with torch.no_grad():
-        output = model(**tiny_inputs(model.config), **call)
-    first: Tensor = output.to_tuple()[0]
-    return first
+    for head_type in head_types(architecture):
+        yield f"head-{head_type}", functools.partial(check_head, architecture, head_type)
+    for block in BLOCK_CHECKS:
+        yield f"block-{block}", functools.partial(check_block, architecture, block)
 
 
 def check_residual_sites(architecture: str) -> None:
@@ -131,7 +125,7 @@ def check_residual_sites(architecture: str) -> None:
             _note(own, "total", following.residual, following.residual_from)
         else:
             _note(own, "total", site.host, "output")
-    _output(model)
+    output(model)
     for site in sites:
         address, tensors = site.address, seen[site.address]
         named = {"x", "r", *(("total",) if address not in shared else ())}
@@ -170,7 +164,7 @@ def check_bare_backbone(architecture: str) -> None:
     bare.load_state_dict(model._attachment.backbone.state_dict())
     with torch.no_grad():
         expected = bare(**tiny_inputs(model.config)).to_tuple()[0]
-    assert torch.equal(_output(model), expected), "The bare model is not the backbone."
+    assert torch.equal(output(model), expected), "The bare model is not the backbone."
 
 
 def check_adapter(architecture: str, config: str) -> None:
@@ -179,86 +173,24 @@ def check_adapter(architecture: str, config: str) -> None:
     Where the spec lacks what it needs, adding it is refused instead, and changes nothing.
     """
     model = tiny_model(architecture)
-    before = _output(model)
-    if _lacks(model, config):
-        _refuses(lambda: model.add_adapter("a", config=config), config)
-        assert torch.equal(_output(model), before), f"{config}: refused, but something has changed."
+    before = output(model)
+    if lacks(model, config):
+        refusal(lambda: model.add_adapter("a", config=config), config)
+        assert torch.equal(output(model), before), f"{config}: refused, but something has changed."
         return
     model.add_adapter("a", config=config, set_active=True)
     if load_config(config).tag not in _NEVER_NEUTRAL:
-        same(_output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
+        same(output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
     randomise(model.adapters["a"])
-    acting = _output(model)
+    acting = output(model)
     assert not torch.allclose(acting, before, atol=1e-3), f"{config} has no effect."
     with tempfile.TemporaryDirectory() as directory:
         model.save_adapter(directory, "a")
         other = tiny_model(architecture)
         other.load_adapter(directory, set_active=True)
-        assert torch.equal(_output(other), acting), f"{config}: the file gives another adapter."
+        assert torch.equal(output(other), acting), f"{config}: the file gives another adapter."
     model.delete_adapter("a")
-    assert torch.equal(_output(model), before), f"{config}: deleting leaves something behind."
-
-
-def _lacks(model: ModelWithHeads, config: str) -> bool:
-    """Whether an architecture has no site of a kind that a configuration needs."""
-    fields, spec = load_config(config), model._attachment.spec
-    members = (fields, *getattr(fields, "configs", ()))
-    if {role for own in members for role in getattr(own, "roles", ())} - spec.roles:
-        return True
-    if fields.tag == "prompt_tuning":
-        if spec.pooling is None or spec.embeddings is None:
-            return True
-        return spec.fixed_positions(model.config)
-    if fields.tag == "trainable_tokens":
-        two_sides = any(layers.side is not None for layers in spec.layers)
-        return spec.inputs != "tokens" or two_sides
-    if fields.tag == "ln_tuning":
-        return "norms" not in spec.roles and not spec.norms
-    if "prefix_tuning" in {own.tag for own in members}:
-        sites = [s for s in model._attachment.sites.values() if isinstance(s, AttachedAttention)]
-        return not sites or any(site.mechanism is None for site in sites)
-    return spec.embeddings is None and bool(fields.get("inv_adapter"))
-
-
-def _other(model: ModelWithHeads) -> str:
-    """A configuration of another method than bottlenecks, where there is one that fits."""
-    return "par_bn" if _lacks(model, "lora") else "lora"
-
-
-def _refuses(add: Callable[[], None], what: str) -> None:
-    try:
-        add()
-    except UnsupportedError:
-        return
-    raise AssertionError(f"{what} needs what the spec does not name, but was added.")
-
-
-def check_heads(architecture: str) -> None:
-    """Heads of the kinds that fit the inputs work, and come back from their files."""
-    model = tiny_model(architecture)
-    if model.spec.pooling is None:
-        _refuses(lambda: model.add_classification_head("first"), "A head")
-        return
-    batch = batch_size(tiny_inputs(model.config))
-    length = model(**tiny_inputs(model.config)).last_hidden_state.shape[1]
-    expected: dict[str, tuple[int, ...]] = {"first": (batch, 3)}
-    if model.spec.inputs == "pixels":
-        model.add_image_classification_head("first", num_labels=3)
-    else:
-        model.add_classification_head("first", num_labels=3)
-        model.add_tagging_head("tokens", num_labels=4)
-        expected["tokens"] = (batch, length, 4)
-    if getattr(model.config, "is_encoder_decoder", False):
-        model.add_seq2seq_lm_head("written")
-        expected["written"] = (batch, length, model.config.vocab_size)
-    for name, shape in expected.items():
-        assert _output(model, head=name).shape == shape, f"Head {name}: another shape."
-    for name in model.heads:
-        with tempfile.TemporaryDirectory() as directory:
-            model.save_head(directory, name)
-            other = tiny_model(architecture)
-            other.load_head(directory)
-            assert torch.equal(_output(other), _output(model, head=name)), f"Head {name} differs."
+    assert torch.equal(output(model), before), f"{config}: deleting leaves something behind."
 
 
 def check_whole_model(architecture: str) -> None:
@@ -267,7 +199,7 @@ def check_whole_model(architecture: str) -> None:
     if model.spec.pooling is not None:
         model.add_classification_head("b", num_labels=3)
     model.add_adapter("b", set_active=True)
-    model.add_adapter("a", config=_other(model))
+    model.add_adapter("a", config=other_config(model))
     randomise(model.adapters)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
@@ -278,7 +210,7 @@ def check_whole_model(architecture: str) -> None:
         else:
             backbone = other._attachment.backbone
     assert other.adapters.keys() == ("b", "a"), "Adapters are missing or in another order."
-    assert torch.equal(_output(other), _output(model)), "The saved model is another one."
+    assert torch.equal(output(other), output(model)), "The saved model is another one."
     mine, saved = model._attachment.backbone.state_dict(), backbone.state_dict()
     assert all(torch.equal(saved[key], mine[key]) for key in mine), "The backbone has changed."
 
@@ -309,7 +241,7 @@ def check_attention_implementations(architecture: str) -> None:
         model = tiny_model(architecture, attn_implementation=implementation)
         model.add_adapter("a", config="double_seq_bn", set_active=True)
         randomise(model.adapters)
-        outputs.append(_output(model))
+        outputs.append(output(model))
     eager, sdpa = outputs
     same(sdpa, eager, "sdpa against eager")
 
@@ -352,19 +284,3 @@ def _checkpoint(backbone: Any) -> None:
     """Switches recomputation on, under the name that the installed transformers prefers."""
     new = getattr(backbone, "activation_checkpointing_enable", None)
     (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def check_rows(architecture: str) -> None:
-    """Each row of a mixed batch equals running its own adapter and head alone."""
-    model = tiny_model(architecture)
-    if model.spec.pooling is None:
-        return
-    for name, config in (("a", "seq_bn"), ("b", _other(model))):
-        model.add_adapter(name, config=config)
-        model.add_classification_head(name, num_labels=2)
-    randomise(model.adapters)
-    with torch.no_grad():
-        mixed = model(**tiny_inputs(model.config), adapter_names=Rows(["a", None, "b"]))
-    for name, row in (("a", 0), ("b", 2)):
-        alone = _output(model, adapter_names=name, head=name)[row]
-        same(mixed[name].logits[0], alone, f"row {row} under {name!r}")
