@@ -66,7 +66,9 @@ class Features:
         self.hidden_states = hidden_states
         self._first, self._read = first, read
         self.patches_from = patches_from
-        self._pooled: dict[str, Tensor] = {} if first is None else {"first_token": first}
+        self._pooled: dict[str, Tensor] = dict(output.get("pooled") or {})
+        if first is not None:
+            self._pooled["first_token"] = first
 
     def pooled(self, pooling: str | None = None) -> Tensor:
         """One vector per row: ``(batch, hidden)``; each kind is computed once.
@@ -155,6 +157,8 @@ class Features:
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
                 return take(value)
+            if isinstance(value, dict):
+                return {key: cut(each) for key, each in value.items()}
             return tuple(map(cut, value)) if isinstance(value, tuple) else value
 
         return self._with(cut, undo, rescore)
@@ -170,7 +174,7 @@ class Features:
         values = dict(self.output.items())
         if hidden is not None:
             # The trained pooler has read the last layer.
-            values |= {"last_hidden_state": hidden, "pooler_output": None}
+            values |= {"last_hidden_state": hidden, "pooler_output": None, "pooled": None}
         return Features(
             type(self.output)(**{k: cut(v) for k, v in values.items() if k in self.output}),
             pooling=self.pooling,

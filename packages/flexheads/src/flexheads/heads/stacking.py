@@ -34,6 +34,7 @@ _READS_ALIKE = (
     "problem_type",
     "std",
     "threshold",
+    "unanswerable",
 )
 """Fields of a configuration that do not decide what a head reads; any other may."""
 
@@ -256,7 +257,7 @@ def _is_hooked(head: nn.Module) -> bool:
 
 def hooked_everywhere() -> bool:
     """Whether hooks on every module are in force, which want to see each head run."""
-    return bool(torch_module._has_any_global_hook())
+    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def _shape(module: Any) -> tuple[Any, ...]:

@@ -101,7 +101,8 @@ class HeadStacks:
 
 def _eager(plan: Plan) -> bool:
     """Whether there are several heads, and nobody watches them from outside."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or hooked_everywhere()
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    watched = tracing or hooked_everywhere()
     return len(plan.heads) > 1 and not watched
 
 

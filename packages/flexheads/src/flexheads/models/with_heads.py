@@ -17,6 +17,8 @@ from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
 from flexheads.models.encoding import encode
+from flexheads.models.feature_cache import FeatureCacheMixin
+from flexheads.models.features_given import FEATURES, backbone_output
 from flexheads.models.generating_classes import configure_generation, generation_bases
 from flexheads.models.generation import GenerationPlan, joined, keeping, known_to
 from flexheads.models.inputs import (
@@ -42,10 +44,13 @@ from flexheads.sites.embedding import undo_in_turn
 from flexheads.sites.prompt import POOLED, PROMPT
 from flexheads.specs import ArchitectureSpec
 
-_ARGUMENTS = (*USUAL, "adapter_names", "head", "task", "tasks", "return_dict", *ARGUMENTS)
+_TASKS = ("task", "tasks")
+_ARGUMENTS = (*USUAL, "adapter_names", "head", *_TASKS, FEATURES, "return_dict", *ARGUMENTS)
 
 
-class ModelWithHeads(WholeModelMixin, AveragingMixin, PredictMixin, LossWeightsMixin):
+class ModelWithHeads(
+    WholeModelMixin, AveragingMixin, PredictMixin, LossWeightsMixin, FeatureCacheMixin
+):
     """A backbone with named adapters and named heads; see `with_heads_class`."""
 
     spec: ClassVar[ArchitectureSpec]
@@ -162,6 +167,8 @@ class ModelWithHeads(WholeModelMixin, AveragingMixin, PredictMixin, LossWeightsM
         self, plan: Plan, inputs: Mapping[str, Any]
     ) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The backbone's output, and the states of every layer where a head reads them."""
+        if (given := inputs.get(FEATURES)) is not None:
+            return backbone_output(self, plan, given)
         backbone = self._attachment.backbone
         configs = [self.heads[route.head].config for route in plan.heads]
         if self._only_encodes(plan):
