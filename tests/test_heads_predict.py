@@ -401,7 +401,7 @@ def test_every_sample_can_have_its_own_adapter(shared: Any, tokenizer: Any) -> N
         for sample, setup in zip(choices, rows, strict=True)
     ]
     close(found, alone)
-    with pytest.raises(CompositionError, match="2 rows.*6 samples"):
+    with pytest.raises(CompositionError, match=r"2 rows.*6 samples"):
         shared.predict("mood", TEXTS, tokenizer, adapter_names=Rows(["mood", None]))
 
 
@@ -429,7 +429,8 @@ def test_a_model_in_training_stays_in_training(shared: Any, tokenizer: Any) -> N
     close(model.heads["topic"].predict(tokenizer, TEXTS), expected)
     hook.remove()
     assert all(module.training for module in model.modules())
-    assert used and all(module is not model.bert for module in used), "others may be training it"
+    assert used
+    assert all(module is not model.bert for module in used), "others may be training it"
     model.train_adapter("topic")
     labels = torch.tensor([1])
     model(**tokenizer("ab", return_tensors="pt"), labels=labels, head="topic").loss.backward()
@@ -533,7 +534,7 @@ class Slow:
 def test_a_tokenizer_that_knows_no_places(shared: Any, tokenizer: Any) -> None:
     close(shared.predict("topic", TEXTS, Slow()), shared.predict("topic", TEXTS, tokenizer))
     for head, samples in (("ner", TEXTS), ("qa", [("a", "b")])):
-        with pytest.raises(UnsupportedError, match="Slow does not tell where.*fast tokenizer"):
+        with pytest.raises(UnsupportedError, match=r"Slow does not tell where.*fast tokenizer"):
             shared.predict(head, samples, Slow())
 
 
@@ -631,7 +632,7 @@ def test_sounds() -> None:
     close(found, alone)
     told = [{"array": sounds[0], "sampling_rate": 16_000}]
     close(model.predict("x", told, extractor), alone[:1])
-    with pytest.raises(ConfigError, match="8000 Hz.*16000 Hz"):
+    with pytest.raises(ConfigError, match=r"8000 Hz.*16000 Hz"):
         model.predict("x", [{"array": sounds[0], "sampling_rate": 8_000}], extractor)
     with pytest.raises(ConfigError, match="Sample 0 has shape"):
         model.predict("x", [np.zeros((2, 400))], extractor)

@@ -155,12 +155,15 @@ def check_names(label2id: Mapping[str, int] | None, count: int) -> None:
         )
 
 
-def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> dict[str, Any]:
+def label_names(
+    num_labels: int | None, id2label: Mapping[Any, str] | None, counted_by: str = "num_labels"
+) -> dict[str, Any]:
     """The configuration fields ``num_labels`` and ``label2id`` from what users give.
 
     Args:
         num_labels: Number of labels; None takes it from the names, or else 2.
         id2label: Name of each label by number.
+        counted_by: What the user knows the number as, for messages.
 
     Raises:
         LabelError: If two labels share a name, numbers are left out, the two arguments contradict
@@ -171,8 +174,8 @@ def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> d
         by_number = None if id2label is None else {int(n): id2label[n] for n in id2label}
     except (TypeError, ValueError, IndexError) as error:
         raise LabelError(
-            f"num_labels={num_labels!r} should be a number, and id2label={id2label!r} a mapping of "
-            "numbers to names."
+            f"{counted_by}={num_labels!r} should be a number, and id2label={id2label!r} a mapping "
+            "of numbers to names."
         ) from error
     if by_number is None:
         count = 2 if count is None else count
@@ -184,7 +187,7 @@ def label_names(num_labels: int | None, id2label: Mapping[Any, str] | None) -> d
         )
     if count is not None and count != len(names):
         raise LabelError(
-            f"num_labels={count}, but id2label names {len(names)} labels; leave one out."
+            f"{counted_by}={count}, but id2label names {len(names)} labels; leave one out."
         )
     numbers = {name: number for number, name in by_number.items()}
     if sorted(numbers.values()) != list(range(len(names))):

@@ -74,7 +74,7 @@ class AddHeadsMixin(
     ) -> None:
         """Adds multiple choice; `num_choices` counts for inputs that come flat."""
         named = num_choices is not None or id2label is not None
-        names = label_names(num_choices, id2label)["label2id"] if named else None
+        names = label_names(num_choices, id2label, "num_choices")["label2id"] if named else None
         self.add_head(
             head_name,
             "multiple_choice",

@@ -84,7 +84,7 @@ def with_names(kind: type[HeadConfig], config: Mapping[str, Any]) -> dict[str, A
         raise ConfigError(f"{kind.__name__} has no labels, so id2label and label2id name nothing.")
     if by_number is None:
         by_number = {number: name for name, number in (by_name or {}).items()}
-    named = label_names(fields.get(count), by_number)
+    named = label_names(fields.get(count), by_number, count)
     if by_name is not None and by_name != named["label2id"]:
         raise LabelError(
             f"id2label={by_number!r} and label2id={by_name!r} contradict each other; leave one out."
