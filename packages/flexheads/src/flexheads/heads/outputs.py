@@ -43,8 +43,10 @@ def _built(kind: type[ModelOutput], values: Mapping[str, Any]) -> Any:
 
     With many heads in one call, those take longer than the heads.
     """
+    if torch.compiler.is_compiling():  # what was built before must not be part of the graph
+        return kind(**values)
     usual = kind.__post_init__ is ModelOutput.__post_init__  # type: ignore[attr-defined]
-    if kind not in _BUILT or not usual or torch.compiler.is_compiling():
+    if kind not in _BUILT or not usual:
         _BUILT.add(kind)
         return kind(**values)
     output = kind.__new__(kind)
