@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from flexheads.composition import Setup, to_json
 from flexheads.errors import CheckpointError, ConfigError, UnsupportedError
@@ -161,21 +161,18 @@ class _Computing:
                     f"{directory} was made from other inputs: those of row {row} differ. Delete "
                     "it, or give another directory."
                 )
-        with (
-            _evaluating(self.model),
-            tqdm(
-                total=len(dataset),
-                initial=len(store),
-                desc="features",
-                unit=" rows",
-                disable=None if progress is None else not progress,
-            ) as bar,
-        ):
+        bar = logging.tqdm(
+            total=len(dataset),
+            initial=len(store),
+            desc="features",
+            unit=" rows",
+            disable=None if progress is None else not progress,
+        )
+        with _evaluating(self.model), bar:
             while len(store) < len(dataset):
                 numbers = range(len(store), min(len(store) + batch_size, len(dataset)))
-                items = [dataset[number] for number in numbers]
-                self.add(store, items)
-                bar.update(len(items))
+                self.add(store, [dataset[number] for number in numbers])
+                bar.update(len(numbers))
         store.close()
         setup = json.dumps(to_json(self.plan.setup))
         return FeatureCache(dataset, store, FeatureCollator(self.collate, setup), self.keep)
