@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError
+from flexheads.heads import Source
 from flexheads_crf import CRFTaggingConfig, CRFTaggingHead
 
 LABELS = {0: "O", 1: "B-PER", 2: "I-PER"}
@@ -114,6 +115,26 @@ def test_it_trains_through_to_the_backbone() -> None:
         assert parameter.grad is not None
         assert bool(parameter.grad.any())
     assert bool(model.bert.embeddings.word_embeddings.weight.grad.any())
+
+
+def test_decoding_gives_the_spans_of_the_best_sequence() -> None:
+    from transformers.modeling_outputs import TokenClassifierOutput
+
+    ner = head(scheme="bio")
+    scores = torch.zeros(1, 6, 3)
+    # Words: Ada | Love|lace | wrote; each by itself would be I-PER, which cannot begin.
+    scores[0, 1:4, 2], scores[0, 4, 0] = 9.0, 9.0
+    source = Source(
+        texts=["Ada Lovelace wrote"],
+        attention_mask=torch.tensor([[1, 1, 1, 1, 1, 1]]),
+        offsets=torch.tensor([[[0, 0], [0, 3], [4, 8], [8, 12], [13, 18], [0, 0]]]),
+        word_ids=[[None, 0, 1, 1, 2, None]],
+        sequence_ids=[[None, 0, 0, 0, 0, None]],
+    )
+    (found,) = ner.decode(TokenClassifierOutput(logits=scores), source)
+    assert [(f["entity_group"], f["word"], f["start"], f["end"]) for f in found] == [
+        ("PER", "Ada Lovelace", 0, 12)
+    ]
 
 
 def test_a_saved_head_names_who_provides_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from flexheads.heads import (
     IGNORED,
     Features,
     LabelledConfig,
+    Source,
     TaggingHead,
     head_output,
     real_positions,
@@ -91,6 +92,38 @@ class CRFTaggingHead(TaggingHead):
         likelihood: Tensor = self.crf(scores.float(), labels, mask=counted, reduction="token_mean")
         return -likelihood
 
+    def decode(
+        self, output: Any, source: Source | None = None, aggregation: str | None = None, **how: Any
+    ) -> list[Any]:
+        """The spans of the best sequence of labels; see `flexheads.heads.TaggingHead.decode`.
+
+        Args:
+            output: What `forward` returned.
+            source: The inputs. Where it has word ids, the first token of each word is labelled.
+            aggregation: None is ``"first"`` with word ids, else ``"simple"``.
+            how: Further options of tagging.
+        """
+        known = source is not None and source.word_ids is not None
+        chosen = aggregation or ("first" if known else "simple")
+        return super().decode(output, source, aggregation=chosen, **how)
+
+    def shares(self, output: Any, source: Source | None = None) -> Tensor:
+        """The probability of each label by the token alone, ``(batch, sequence, num_labels)``.
+
+        Where a token is part of the sequence, all but the label of the best sequence are zero.
+        """
+        scores: Tensor = output.logits.detach()
+        shares = scores.float().softmax(dim=-1).cpu()
+        counted = _in_sequence(scores, source)
+        for row, path in enumerate(self.best(scores, counted)):
+            own = counted[row].nonzero().flatten().cpu()
+            chosen = torch.zeros(len(own), shares.shape[-1], dtype=torch.bool)
+            chosen[torch.arange(len(own)), path] = True
+            # Never quite zero, so that what was chosen stays the largest.
+            kept = shares[row, own].clamp(min=torch.finfo(shares.dtype).tiny)
+            shares[row, own] = kept.masked_fill(~chosen, 0.0)
+        return shares
+
     def best(self, scores: Tensor, counted: Tensor) -> list[list[int]]:
         """The best sequence of labels of each row (Viterbi), for the tokens that count.
 
@@ -111,6 +144,22 @@ class CRFTaggingHead(TaggingHead):
 def _real(features: Features) -> Tensor:
     real = real_positions(features)
     return torch.ones_like(features.hidden[..., 0], dtype=torch.bool) if real is None else real
+
+
+def _in_sequence(scores: Tensor, source: Source | None) -> Tensor:
+    """Which tokens a sequence of labels is about, ``(batch, sequence)``."""
+    counted = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    if source is None:
+        return counted
+    if source.attention_mask is not None:
+        counted &= source.attention_mask.to(scores.device) != 0
+    for row, words in enumerate(source.word_ids or ()):
+        before = [None, *words[:-1]]
+        first = [
+            word is not None and word != last for word, last in zip(words, before, strict=True)
+        ]
+        counted[row] &= torch.tensor(first, device=scores.device)
+    return counted
 
 
 def _to_the_left(scores: Tensor, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
