@@ -382,7 +382,7 @@ def test_labels_are_those_of_the_pipeline_of_transformers(multilabel: bool) -> N
     pipeline = transformers.TextClassificationPipeline.__new__(
         transformers.TextClassificationPipeline
     )
-    pipeline.model = static
+    pipeline.model, pipeline.framework = static, "pt"
     found = ours.heads["c"].decode(ours(**given), top_k=3)
     for row, own in zip(static(**given).logits, found, strict=True):
         theirs = pipeline.postprocess({"logits": row[None].detach()}, top_k=None, _legacy=False)

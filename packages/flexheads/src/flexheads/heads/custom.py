@@ -179,8 +179,7 @@ class CustomHead(nn.Sequential, PredictionHead):  # type: ignore[misc]  # two ki
             bias = self.config.get("bias", True)
             parts.append(nn.Linear(size, size if outputs is None else outputs, bias=bias))
             parts.append(self._activation() if outputs is None else None)
-        for part in filter(None.__ne__, parts):
-            self.append(part)  # type: ignore[arg-type]
+        self.extend(part for part in parts if part is not None)
         self.apply(model._init_weights)
         self.train(model.training)
 
