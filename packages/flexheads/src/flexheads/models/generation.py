@@ -297,15 +297,21 @@ def keeping(
     ]
 
 
-def known_to(names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a step without those that transformers adds for classes that know them.
+def step_of(
+    plan: Plan, names: Sequence[str], inputs: dict[str, Any]
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan of one call, and its inputs without those that only some classes know.
 
     Args:
+        plan: The plan in force; one of a generation names fewer rows than its calls may have.
         names: The arguments of the backbone's forward.
-        inputs: The inputs.
+        inputs: The inputs, some of which transformers adds in a generation.
     """
+    if not isinstance(plan, GenerationPlan):
+        return plan, inputs
     unknown = () if "kwargs" in names else set(_ADDED) - set(names)
-    return {name: value for name, value in inputs.items() if name not in unknown}
+    known = {name: value for name, value in inputs.items() if name not in unknown}
+    return plan.for_rows(batch_size(known)), known
 
 
 def _sees_all(route: HeadRoute, plan: Plan) -> bool:

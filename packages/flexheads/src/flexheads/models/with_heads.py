@@ -20,10 +20,9 @@ from flexheads.models.encoding import encode
 from flexheads.models.feature_cache import FeatureCacheMixin
 from flexheads.models.features_given import FEATURES, backbone_output
 from flexheads.models.generating_classes import configure_generation, generation_bases
-from flexheads.models.generation import GenerationPlan, joined, keeping, known_to
+from flexheads.models.generation import GenerationPlan, joined, keeping, step_of
 from flexheads.models.inputs import (
     among,
-    batch_size,
     flatten_choices,
     repeat_rows,
     with_decoder_inputs,
@@ -142,26 +141,28 @@ class ModelWithHeads(
         plan = self._call_plan(adapter_names, head)
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         keep = inputs.pop("logits_to_keep", 0)
-        if isinstance(plan, GenerationPlan):
-            inputs = known_to(self.input_names, inputs)
-            plan = plan.for_rows(batch_size(inputs))
+        plan, inputs = step_of(plan, self.input_names, inputs)
         labels = take_labels(inputs, plan, self.heads)
-        if getattr(self.config, "is_encoder_decoder", False) and not self._only_encodes(plan):
-            starts_with = self.spec.decoder_starts_with
-            written = self._written(plan, labels)
-            inputs = with_decoder_inputs(inputs, written, self.config, starts_with)
-        inputs, choices = flatten_choices(inputs)
+        inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
         own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
-        own_labels = keeping(keep, own_labels, plan, self.heads)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
         with self._enter(plan):
             output, states = self._run_backbone(plan, inputs)
         if plan.heads:
             features = self._features(plan, inputs, output, choices, states)
-            output = self._run_heads(plan, features, own_labels)
+            output = self._run_heads(plan, features, keeping(keep, own_labels, plan, self.heads))
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else _as_tuple(output)
+
+    def _with_decoder(
+        self, plan: Plan, labels: Mapping[str, Labels], inputs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The inputs, with the decoder's own where it runs and has none."""
+        if not getattr(self.config, "is_encoder_decoder", False) or self._only_encodes(plan):
+            return inputs
+        starts_with, written = self.spec.decoder_starts_with, self._written(plan, labels)
+        return with_decoder_inputs(inputs, written, self.config, starts_with)
 
     def _run_backbone(
         self, plan: Plan, inputs: Mapping[str, Any]
