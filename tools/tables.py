@@ -54,6 +54,35 @@ def matrix() -> str:
     return table(("architecture", *map(code, carried.columns()), "static heads"), rows)
 
 
+def head_matrix() -> str:
+    """Which architecture takes which type of head; types that go the same way share a column."""
+    import carried
+
+    found = registry()
+    answers = {name: carried.heads(name) for name in found.architectures}
+    columns: dict[tuple[bool, ...], list[str]] = {}
+    for head_type, column in zip(
+        found.head_types, zip(*answers.values(), strict=True), strict=True
+    ):
+        columns.setdefault(column, []).append(head_type)
+    rows = (
+        (code(name), *("yes" if column[number] else "no" for column in columns))
+        for number, name in enumerate(answers)
+    )
+    return table(("architecture", *(code(*names) for names in columns.values())), rows)
+
+
+def block_matrix() -> str:
+    """Which architecture runs under which block."""
+    import carried
+
+    rows = (
+        (code(name), *("yes" if one else "no" for one in carried.blocks(name)))
+        for name in registry().architectures
+    )
+    return table(("architecture", *map(code, carried.examples())), rows)
+
+
 def heads() -> str:
     """Every type of head."""
     found = registry()
@@ -313,6 +342,8 @@ PARTS: dict[str, Callable[..., str]] = {
     for part in (
         architectures,
         matrix,
+        head_matrix,
+        block_matrix,
         heads,
         methods,
         overview,
