@@ -33,7 +33,8 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
     scope: dict[str, Any] = {"__name__": page}
     for block in blocks:
         line = text[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), scope)
+        source = "\n" * line + block[1]
+        exec(compile(source, str(DOCS / page), "exec", dont_inherit=True), scope)
 
 
 @pytest.mark.usefixtures("tested_release")
