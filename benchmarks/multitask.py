@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -95,7 +96,7 @@ def build(name: str, tasks: Sequence[TaskData], s: Settings) -> Any:
 
 def run(name: str, tokenizer: Any, tasks: Sequence[TaskData], s: Settings) -> dict[str, float]:
     """Trains some tasks together and measures them: the number of each task, and the seconds."""
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from flexheads.training import LossLog, MixedDataset, MultiTaskCollator, MultiTaskMetrics, Task
 
@@ -121,7 +122,7 @@ def run(name: str, tokenizer: Any, tasks: Sequence[TaskData], s: Settings) -> di
             logging_steps=max(1, s.steps // 5),
             save_strategy="no",
             report_to=[],
-            disable_tqdm=True,
+            disable_tqdm=not sys.stderr.isatty(),
             seed=s.seed,
         )
         trainer = Trainer(
@@ -132,6 +133,7 @@ def run(name: str, tokenizer: Any, tasks: Sequence[TaskData], s: Settings) -> di
             compute_metrics=MultiTaskMetrics({task.name: task.metric for task in tasks}),
             callbacks=[LossLog()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         dev = MixedDataset({task.name: task.dev for task in tasks}).by_task()
         numbers = trainer.evaluate(dev)

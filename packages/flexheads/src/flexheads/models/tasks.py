@@ -146,9 +146,7 @@ def _adapters(tasks: Sequence[Task], names: Sequence[str], model: Any) -> Setup:
     return None if rows[0] is active else [] if rows[0] is None else rows[0]
 
 
-def routes_of_rows(
-    rows: Rows, heads: Collection[str], adapters: Routing
-) -> tuple[HeadRoute, ...]:
+def routes_of_rows(rows: Rows, heads: Collection[str], adapters: Routing) -> tuple[HeadRoute, ...]:
     """The heads of rows that have one each, in the order of their names.
 
     That order does not change from batch to batch with that of the rows.
