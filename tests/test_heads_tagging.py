@@ -175,6 +175,14 @@ def test_padding_on_either_side(
         assert own | {"score": 0} == other | {"score": 0}
 
 
+@pytest.mark.parametrize("aggregation", ["simple", "average", "max"])
+def test_a_text_of_no_tokens_has_no_spans(aggregation: str) -> None:
+    offsets, words = torch.zeros(1, 2, 2, dtype=torch.long), [[None, None]]
+    source = Source(texts=[""], offsets=offsets, word_ids=words)
+    output = types.SimpleNamespace(logits=torch.zeros(1, 2, 2))
+    assert head(["O", "X"]).decode(output, source, aggregation=aggregation) == [[]]
+
+
 def test_what_decoding_needs() -> None:
     output = types.SimpleNamespace(logits=torch.zeros(1, 2, 2))
     tagger = head(["O", "X"])

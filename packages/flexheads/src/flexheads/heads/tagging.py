@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -92,18 +93,23 @@ class TaggingHead(FeedForwardHead):
             raise ConfigError(
                 f"aggregation={aggregation!r} is unknown; it can be {', '.join(AGGREGATIONS)}."
             )
-        names, rows = self.config.id2label, []
+        rows = []
         for row, shares in enumerate(self.shares(output, source)):
             text = RowText(source, row, f"Decoding head {self.name!r}")
-            units = _units(text.tokens, shares, aggregation, names)
-            if aggregation == "none":
-                found = [{"entity": u.label, **_shown(text, [u], u.tokens[0].index)} for u in units]
-            else:
-                spans = group_spans(units, names.values(), merge_equal)
-                found = [{"entity_group": name, **_shown(text, span)} for name, span in spans]
+            units = _units(text.tokens, shares, aggregation, self.config.id2label)
+            found = self._found(text, units, aggregation, merge_equal)
             kinds = ("entity", "entity_group")
             rows.append([f for f in found if not any(f.get(k) in ignore_labels for k in kinds)])
         return rows
+
+    def _found(
+        self, text: RowText, units: Sequence[Unit], aggregation: str, merge_equal: bool
+    ) -> list[dict[str, Any]]:
+        """What `decode` says of a row."""
+        if aggregation == "none":
+            return [{"entity": u.label, **_shown(text, [u], u.tokens[0].index)} for u in units]
+        spans = group_spans(units, self.config.id2label.values(), merge_equal)
+        return [{"entity_group": name, **_shown(text, span)} for name, span in spans]
 
     def shares(self, output: Any, source: Source | None = None) -> Tensor:
         """The probability of each label, as `decode` reads it: ``(batch, sequence, num_labels)``.
@@ -193,25 +199,33 @@ def _units(
             f"aggregation={aggregation!r} labels words, so the source needs word_ids, which a fast "
             'tokenizer gives. Take "simple" without.'
         )
-    key = (lambda token: (token.part, token.word)) if by_word else (lambda token: token.index)
-    found = []
-    for _, group in itertools.groupby(tokens, key=key):
-        own = list(group)
-        score, label = _share(shares[[token.index for token in own]], aggregation).max(dim=0)
-        found.append(Unit(own, names[int(label)], float(score)))
-    return found
+    groups = [
+        list(group)
+        for _, group in itertools.groupby(
+            tokens, lambda token: (token.part, token.word if by_word else token.index)
+        )
+    ]
+    scores, labels = _shares_of(groups, shares, aggregation).max(dim=-1)
+    found = zip(groups, labels.tolist(), scores.tolist(), strict=True)
+    return [Unit(own, names[label], score) for own, label, score in found]
 
 
-def _share(shares: Tensor, aggregation: str) -> Tensor:
-    """The probabilities of a word, ``(num_labels,)``, from those of its tokens."""
+def _shares_of(groups: Sequence[Sequence[Token]], shares: Tensor, aggregation: str) -> Tensor:
+    """The probabilities of words, ``(words, num_labels)``, from those of their tokens."""
     if aggregation == "average":
-        return shares.mean(dim=0)
-    return shares[shares.amax(dim=-1).argmax() if aggregation == "max" else 0]
+        number = torch.tensor([n for n, own in enumerate(groups) for _ in own], dtype=torch.long)
+        rows = shares[[token.index for own in groups for token in own]]
+        sums = shares.new_zeros(len(groups), shares.shape[-1]).index_add_(0, number, rows)
+        return sums / torch.tensor([[len(own)] for own in groups]).view(-1, 1)
+    if aggregation == "max":
+        sure = shares.amax(dim=-1).tolist()
+        return shares[[max((token.index for token in own), key=sure.__getitem__) for own in groups]]
+    return shares[[own[0].index for own in groups]]
 
 
 def _shown(text: RowText, units: Sequence[Unit], index: int | None = None) -> dict[str, Any]:
     """What a person sees of a span: score, text and place, and the position where it is given."""
     first, last = units[0].tokens[0], units[-1].tokens[-1]
-    score = torch.tensor([unit.score for unit in units]).mean()
+    score = statistics.fmean(unit.score for unit in units)
     where = {} if index is None else {"index": index}
-    return {"score": float(score), **where, **text.piece(first.part, first.start, last.end)}
+    return {"score": score, **where, **text.piece(first.part, first.start, last.end)}
