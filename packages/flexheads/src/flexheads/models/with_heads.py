@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 from flexheads.composition import Rows, Setup
 from flexheads.errors import UnsupportedError
 from flexheads.heads.features import Features
+from flexheads.heads.labels import check_shape
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
@@ -253,9 +254,12 @@ class ModelWithHeads(
 
     def _written(self, plan: Plan, labels: Mapping[str, Mapping[str, Any]]) -> Any:
         """The labels of the first head whose labels a decoder writes, or None."""
-        writing = [route.head for route in plan.heads if self.heads[route.head].writes_labels]
-        given = (labels.get(name, {}).get("labels") for name in writing)
-        return next((value for value in given if value is not None), None)
+        for name in (route.head for route in plan.heads):
+            given = labels.get(name, {}).get("labels")
+            if self.heads[name].writes_labels and given is not None:
+                check_shape(f"labels of head {name!r}", given, [(None, None)])
+                return given
+        return None
 
     def _run_heads(self, plan: Plan, features: Features, labels: Sequence[Labels]) -> Any:
         def seen(route: HeadRoute) -> Features:
