@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 from flexheads import BatchSplit
+from flexheads.checkpoints.store import read_tensors
 from flexheads.errors import ConfigError, UnknownNameError
 from flexheads.heads import (
     CustomHead,
@@ -272,6 +273,22 @@ def test_saved_and_loaded(
     same.delete_head("mine")
     same.load_adapter(str(tmp_path / "both"), set_active=True)
     assert torch.equal(same(**inputs).logits, model(**inputs, adapter_names="mine").logits)
+
+
+@pytest.mark.parametrize(
+    ("head_type", "keys"),
+    [
+        ("scaled", {"1", "4"}),  # as the module is numbered
+        ("doubt", {"1", "4"}),  # as a package's head of two layers is written
+        ("gates", {"gate"}),
+    ],
+)
+def test_keys_in_files(model: Any, tmp_path: Path, head_type: str, keys: set[str]) -> None:
+    arguments = {"size": 2} if head_type == "gates" else {"num_labels": 2, "layers": 2}
+    model.add_custom_head(head_type, "mine", **arguments)
+    model.save_head(tmp_path, "mine")
+    expected = {f"heads.mine.{key}.{kind}" for key in keys for kind in ("weight", "bias")}
+    assert set(read_tensors(tmp_path / "model_head.safetensors")) == expected
 
 
 def test_other_names_of_labels_on_loading(model: Any, tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ def provider_of(head_type: str) -> str | None:
     return f"{provider.distribution}=={provider.version}"
 
 
+def is_foreign(head_type: str) -> bool:
+    """Whether a type is written for the `adapters` library, as far as is known here.
+
+    Its tensors are called in files as in the head.
+    """
+    if (kind := _CUSTOM.get(head_type)) is not None:
+        return issubclass(kind, CustomHead)
+    return head_type not in registry().head_types
+
+
 class CustomConfig(dict[str, Any]):
     """The configuration of a `CustomHead`: a dictionary, with the attributes of `HeadConfig`."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexheads.checkpoints.hub.configs import OLD_ACTIVATIONS
-from flexheads.plugins import registry
+from flexheads.heads.custom import is_foreign
 
 _MULTILABEL = "multilabel_classification"
 LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq_lm")
@@ -59,8 +59,7 @@ class HeadNames:
         layers = int(config.get("layers") or 1)
         acts = config.get("activation_function") is not None
         self.words: dict[str, str] = {}
-        # Types that no package brings are written for that library: their keys are the file's.
-        self.foreign = self.type not in registry().head_types
+        self.foreign = is_foreign(self.type)  # its keys are those of the file
         if self.foreign:
             return
         if self.type in LANGUAGE_MODELS:
