@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from flexheads.errors import UnsupportedError
@@ -48,18 +49,21 @@ class RowText:
                 "fast tokenizer gives them with return_offsets_mapping=True."
             )
         self._texts: Any = source.texts[row]
-        self._source, self._row = source, row
+        places = source.offsets[row].tolist()
+        mask = source.attention_mask
+        self._real = [1] * len(places) if mask is None else mask[row].tolist()
+        words = [None] * len(places) if source.word_ids is None else source.word_ids[row]
+        parts = _parts(source, row, places)
         self.tokens = [
-            Token(index, start, end, part, self._word(index))
-            for index, (start, end) in enumerate(source.offsets[row].tolist())
-            if (part := self._part(index, start < end)) is not None and self._is_real(index)
+            Token(index, start, end, part, words[index])
+            for index, ((start, end), part) in enumerate(zip(places, parts, strict=True))
+            if part is not None and self._real[index]
         ]
 
     @property
     def first(self) -> int:
         """The first position that is no padding."""
-        length = 0 if self._source.offsets is None else self._source.offsets.shape[1]
-        return next((index for index in range(length) if self._is_real(index)), 0)
+        return next((index for index, real in enumerate(self._real) if real), 0)
 
     def piece(self, part: int, start: int, end: int) -> dict[str, Any]:
         """A piece of a text without spaces around it: ``{"word", "start", "end"}``."""
@@ -69,17 +73,11 @@ class RowText:
         word = word.strip()
         return {"word": word, "start": begin, "end": begin + len(word)}
 
-    def _is_real(self, index: int) -> bool:
-        mask = self._source.attention_mask
-        return mask is None or bool(mask[self._row, index])
 
-    def _word(self, index: int) -> int | None:
-        words = self._source.word_ids
-        return None if words is None else words[self._row][index]
-
-    def _part(self, index: int, has_text: bool) -> int | None:
-        """The text of a token; None for a special token."""
-        if self._source.sequence_ids is not None:
-            return self._source.sequence_ids[self._row][index]
-        special = self._word(index) is None if self._source.word_ids is not None else not has_text
-        return None if special else 0
+def _parts(source: Source, row: int, places: Sequence[tuple[int, int]]) -> Sequence[int | None]:
+    """The number of each token's text; None for a special token."""
+    if source.sequence_ids is not None:
+        return source.sequence_ids[row]
+    if source.word_ids is not None:
+        return [None if word is None else 0 for word in source.word_ids[row]]
+    return [0 if start < end else None for start, end in places]
