@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional
 
@@ -120,6 +121,26 @@ def test_it_learns_a_tree() -> None:
             head = int(ARCS[row, word])
             assert int(arcs[row, word]) == head
             assert int(rels[row, word, head]) == int(RELS[row, word])
+
+
+def test_the_stock_trainer_trains_it(tmp_path: Path) -> None:
+    model = parser()
+    columns = {**tiny_inputs(model.config), **LABELS, "not_for_the_model": ARCS}
+    rows = [{name: value[row] for name, value in columns.items()} for row in range(3)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        label_names=["word_starts", "labels_arcs", "labels_rels"],
+        max_steps=20,
+        per_device_train_batch_size=3,
+        learning_rate=3e-3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before / 2
 
 
 # --- trees --------------------------------------------------------------------------------------
