@@ -34,7 +34,7 @@ from flexheads.models.predicting import PredictMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.signature import signed
 from flexheads.models.stacking import HeadStacks
-from flexheads.models.tasks import take_tasks
+from flexheads.models.tasks import Tasks, take_tasks
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
@@ -58,6 +58,8 @@ class ModelWithHeads(
     input_names: ClassVar[tuple[str, ...]]
     # The loss is a mean over the batch at hand, so a trainer must not rescale it.
     accepts_loss_kwargs = False
+    tasks: Tasks | None = None
+    """What the numbers in ``task`` mean in calls that do not say it."""
 
     def __init__(
         self, config: PretrainedConfig, *, backbone: PreTrainedModel | None = None
@@ -171,8 +173,8 @@ class ModelWithHeads(
         """The backbone's output, and the states of every layer where a head reads them."""
         if (given := inputs.get(FEATURES)) is not None:
             return backbone_output(self, plan, given)
-        backbone = self._attachment.backbone
-        configs = [self.heads[route.head].config for route in plan.heads]
+        backbone, heads = self._attachment.backbone, self.heads
+        configs = [heads[route.head].config for route in plan.heads]
         if self._only_encodes(plan):
             backbone = functools.partial(encode, backbone)
         if all(config.hidden_layer is None for config in configs):
@@ -191,6 +193,8 @@ class ModelWithHeads(
 
         Prompts join where the whole backbone is called.
         """
+        if not getattr(self.config, "is_encoder_decoder", False):
+            return False
         sides = {self.heads[route.head].config.side for route in plan.heads}
         return sides == {"encoder"} and PROMPT not in plan.ops
 
