@@ -220,8 +220,16 @@ def test_what_decoding_needs(pair: tuple[Any, Any], read: Any) -> None:
     with pytest.raises(UnsupportedError, match="texts"):
         head.decode(output)
     for name in ("top_k", "max_answer_length"):
-        with pytest.raises(ConfigError, match=f"{name}=-1"):
-            head.decode(output, source, **{name: -1})
+        with pytest.raises(ConfigError, match=f"{name}=0"):
+            head.decode(output, source, **{name: 0})
+
+
+@pytest.mark.parametrize("head", ["qa", "qa2"])
+def test_an_empty_text_holds_no_answer(pair: tuple[Any, Any], read: Any, head: str) -> None:
+    (found,) = answer(pair[1], read, ("Who lives?", ""), head=head)
+    nothing = {"answer": "", "score": 1.0 if head == "qa2" else 0.0, "start": 0, "end": 0}
+    assert found == nothing
+    assert answer(pair[1], read, ("Who lives?", ""), head=head, top_k=3) == [[nothing]]
 
 
 @pytest.mark.parametrize(

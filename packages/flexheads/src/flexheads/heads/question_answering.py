@@ -141,7 +141,8 @@ class QuestionAnsweringHead(FeedForwardHead):
             UnsupportedError: If the source lacks what is needed.
             ConfigError: If a number is smaller than 1.
         """
-        for name, number in (("top_k", top_k or 1), ("max_answer_length", max_answer_length)):
+        count = 1 if top_k is None else top_k
+        for name, number in (("top_k", count), ("max_answer_length", max_answer_length)):
             if number < 1:
                 raise ConfigError(f"{name}={number} should be at least 1.")
         found: list[Any] = []
@@ -151,7 +152,7 @@ class QuestionAnsweringHead(FeedForwardHead):
             logits = torch.stack([output.start_logits[row], output.end_logits[row]]).detach()
             how = (max_answer_length, align_to_words, self.config.unanswerable)
             search = _Search(text, own, logits.float().cpu(), *how)
-            answers = self._ranked(search, top_k or 1)
+            answers = self._ranked(search, count)
             found.append(answers[0] if top_k is None else answers)
         return found
 
