@@ -501,7 +501,7 @@ def test_labels_are_not_changed_in_place(kind: str, model: Any) -> None:
     getattr(model, f"add_{kind}_head")("x")
     if kind == "qa":
         labels = {
-            "start_positions": torch.tensor([0, -5, 99, 3]),
+            "start_positions": torch.tensor([0, -100, 99, 3]),
             "end_positions": torch.tensor([1, 2, 7, 400]),
         }
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import flexheads
 from flexheads import BertModelWithHeads, Parallel, Rows
 from flexheads.errors import CompositionError, ConfigError, UnknownNameError, UnsupportedError
 from flexheads.heads import PredictionHead
+from flexheads.plugins import registry, resolve
 from flexheads.testing import randomise, tiny_config, tiny_model, tiny_static
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -669,6 +671,100 @@ def test_a_type_that_does_not_decode(tokenizer: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(type(model.heads["x"]), "decode", PredictionHead.decode)
     with pytest.raises(UnsupportedError, match="do not decode"):
         model.predict("x", "ab", tokenizer)
+
+
+EVERY: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "classification": ({"num_labels": 3}, TEXTS),
+    "multilabel_classification": ({"num_labels": 3}, TEXTS),
+    "regression": ({"num_labels": 2}, TEXTS),
+    "ordinal": ({"num_labels": 4}, TEXTS),
+    "embedding": ({}, TEXTS),
+    "ranking": ({}, TEXTS),
+    "next_sentence": ({"num_labels": 2}, [(text, "yes it is") for text in TEXTS]),
+    "multiple_choice": ({}, [(text, ["yes", "no no"]) for text in TEXTS]),
+    "tagging": ({"num_labels": 3}, TEXTS),
+    "crf_tagging": ({"num_labels": 3}, TEXTS),
+    "detection": ({}, TEXTS),
+    "question_answering": ({}, [("is it", text) for text in TEXTS]),
+    "dependency_parsing": ({"num_labels": 3}, [*TEXTS, ["to", "be"]]),
+    "span_classification": ({"num_labels": 3}, TEXTS),
+    "late_interaction": ({}, TEXTS),
+    "masked_lm": ({"vocab_size": 99}, [f"{text} [MASK] x" for text in TEXTS]),
+    "causal_lm": ({"vocab_size": 99}, TEXTS),
+}
+
+
+def test_every_type_on_text_is_here() -> None:
+    kinds = {name: resolve(spec.head) for name, spec in registry().head_types.items()}
+    assert {n for n, kind in kinds.items() if kind.needs in (None, "tokens")} == set(EVERY)
+
+
+@pytest.mark.parametrize("head_type", EVERY)
+def test_every_type_predicts_plain_values(head_type: str, tokenizer: Any) -> None:
+    config, samples = EVERY[head_type]
+    model = randomise(tiny_model("bert"), std=0.2)
+    model.add_head("x", head_type, **config)
+    tuned(model.heads["x"])
+    found = model.predict("x", samples, tokenizer, batch_size=4)
+    assert len(found) == len(samples)
+    assert json.loads(json.dumps(found)) == found
+    close(found, [model.predict("x", [sample], tokenizer)[0] for sample in samples])
+    assert any(own != found[0] for own in found)
+
+
+def test_groups_of_choices_are_ranked(tokenizer: Any) -> None:
+    model = randomise(tiny_model("bert"), std=0.3)
+    model.add_head("x", "ranking")
+    tuned(model.heads["x"])
+    groups = [("who", ["me", "you or me"]), {"prompt": "a", "choices": ["b", "c", "d e"]}]
+    found = model.predict("x", groups, tokenizer)
+    for (prompt, choices), ranked in zip([groups[0], ("a", ["b", "c", "d e"])], found, strict=True):
+        alone = model.predict("x", [(prompt, choice) for choice in choices], tokenizer)
+        by_text = {own["text"]: own["score"] for own in ranked}
+        close(by_text, {c: own["score"] for c, own in zip(choices, alone, strict=True)})
+        assert [own["score"] for own in ranked] == sorted(by_text.values(), reverse=True)
+
+
+def test_text_from_sound() -> None:
+    model = randomise(tiny_model("wav2vec2", feat_extract_norm="layer"), std=0.3)
+    model.add_head("x", "ctc", vocab_size=6)
+    tuned(model.heads["x"])
+    names = {token: n for n, token in enumerate(["<pad>", "a", "b", "c", "d", "|"])}
+    inner = tokenizers.Tokenizer(models.WordLevel(names, unk_token="a"))
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+
+    class Processor:
+        """A feature extractor and a tokenizer, as processors hold them."""
+
+        feature_extractor = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)
+        tokenizer = plain
+
+    generator = np.random.default_rng(0)
+    sounds = [generator.standard_normal(n).astype(np.float32) for n in (900, 700, 1500)]
+    found = model.predict("x", sounds, Processor())
+    assert json.loads(json.dumps(found)) == found
+    close(found, [model.predict("x", [sound], Processor())[0] for sound in sounds])
+    with pytest.raises(UnsupportedError, match="tokenizer"):
+        model.predict("x", sounds, Processor.feature_extractor)
+
+
+def test_sound_that_a_decoder_listens_to() -> None:
+    model = randomise(tiny_model("whisper", max_source_positions=50), std=0.2)
+    model.add_classification_head("x", num_labels=3, layers=1)
+    tuned(model.heads["x"])
+    bands = model.config.num_mel_bins
+    extractor = transformers.WhisperFeatureExtractor(feature_size=bands, chunk_length=1)
+    generator = np.random.default_rng(0)
+    sounds = [generator.standard_normal(n).astype(np.float32) for n in (9000, 16000, 4000)]
+    found = model.predict("x", sounds, extractor)
+    made = extractor(sounds, sampling_rate=16_000, return_tensors="pt")
+    start = torch.full((3, 1), model.config.decoder_start_token_id)
+    with torch.no_grad():
+        logits = model(**made, decoder_input_ids=start, head="x").logits.softmax(-1)
+    expected = [
+        {"label": f"LABEL_{int(row.argmax())}", "score": float(row.max())} for row in logits
+    ]
+    close(found, expected)
 
 
 # --- progress --------------------------------------------------------------------------------
