@@ -272,8 +272,15 @@ def test_batches_survive_being_sent_and_cut(tokenizer: Any) -> None:
     utils = pytest.importorskip("accelerate.utils")
     rows = [one for one in items() if one["task"] != "choice"]
     model = with_heads()
-    batch = MultiTaskCollator(tokenizer, TASKS, whole_batch=True)(rows)
-    sent = utils.send_to_device(batch, "cpu", non_blocking=True)
+    usual = MultiTaskCollator(tokenizer, TASKS)
+    with torch.no_grad():
+        expected = model(**utils.send_to_device(usual(rows), "cpu", non_blocking=True))
+    collate = MultiTaskCollator(tokenizer, TASKS, whole_batch=True)
+    with pytest.raises(ConfigError, match=r"set model\.tasks"):
+        model(**collate(rows))
+    model.tasks = collate.tasks
+    # Only tensors can be sent from process to process.
+    sent = utils.recursively_apply(torch.clone, collate(rows), error_on_other_type=True)
     with torch.no_grad():
         whole = model(**sent)
         parts = [model(**utils.slice_tensors(sent, part)) for part in (slice(0, 2), slice(2, 5))]
@@ -282,6 +289,7 @@ def test_batches_survive_being_sent_and_cut(tokenizer: Any) -> None:
     )
     assert [part.head_names for part in parts] == [("ner", "topic"), ("ner", "price", "qa")]
     assert parts[0]["topic"].loss == whole["topic"].loss
+    torch.testing.assert_close(whole.loss, expected.loss)
 
 
 # --- the trainer ------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def take_tasks(
     given, known = inputs.pop("task", None), inputs.pop("tasks", None)
     if given is None:
         return adapter_names, head
+    known = model.tasks if known is None else known
     if head is not None:
         raise ConfigError("A call takes task= or head=, not both: a task has a head of its own.")
     names = _names(given, known)
@@ -125,7 +126,9 @@ def _names(given: Any, known: Any) -> list[str]:
     if all(isinstance(name, str) for name in found):
         return found
     if known is None:
-        raise ConfigError("task= holds numbers, and tasks=, which says what they mean, is missing.")
+        raise ConfigError(
+            "task= holds numbers, and what they mean is missing: give tasks=, or set model.tasks."
+        )
     table = known.names if isinstance(known, Tasks) else tuple(known)
     if wrong := [n for n in found if not isinstance(n, int) or not 0 <= n < len(table)]:
         raise UnknownNameError("task", wrong[0], table)

@@ -42,9 +42,11 @@ class MultiTaskCollator:
             token; for others that shows in the labels, which is right unless a list of numbers for
             the row happens to be as long as all its rows.
         label_names: Further columns that are labels of heads.
-        whole_batch: Give each head labels for every row of the batch, where those of others are
-            -100 or 0, so that the batch can be cut into parts of rows, as accelerate does where one
-            process loads for all. Not for tasks with choices.
+        whole_batch: Make batches of nothing but tensors with a value for each row, which can be cut
+            into parts of rows and sent around, as accelerate does where one process loads for all.
+            Each head has labels for every row, of which those of other heads' rows do not count.
+            ``tasks`` is left out, so set ``model.tasks = collator.tasks``. Not for tasks with
+            choices.
         pad_to_multiple_of: The length of rows is a multiple of it.
 
     Raises:
@@ -89,7 +91,8 @@ class MultiTaskCollator:
         labels = self._labels(items, places, batch["input_ids"])
         if labels:
             batch["labels"] = labels
-        return {**batch, "task": torch.tensor(numbers), "tasks": self.tasks}
+        batch["task"] = torch.tensor(numbers)
+        return batch if self.whole_batch else {**batch, "tasks": self.tasks}
 
     def _padded(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
         """The inputs, padded to the longest row."""
