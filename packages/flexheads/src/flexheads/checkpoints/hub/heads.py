@@ -50,6 +50,7 @@ class HeadNames:
         "pooling": None,
         "hidden_layer": None,
         "side": None,
+        "late": False,
         "layer_norm": False,
     }
 
