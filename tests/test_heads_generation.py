@@ -465,6 +465,27 @@ def test_output_embeddings_are_those_of_the_active_head(pair: Any) -> None:
     assert model.get_output_embeddings() is None
 
 
+@pytest.mark.parametrize("size", [120, 80])
+def test_heads_follow_resized_embeddings(pair: Any, size: int) -> None:
+    _, model = pair
+    model = copy.deepcopy(model)
+    add = model.add_seq2seq_lm_head if model.config.is_encoder_decoder else model.add_causal_lm_head
+    add("tied", tied=True, bias=True, set_active=False)
+    randomise(model.heads["tied"])
+    call = {name: value.clamp(max=79) for name, value in tiny_inputs(model.config).items()}
+    names = ("lm", "a-lm", "tied")
+    before = {name: model(**call, head=name).logits for name in names}
+    model.active_head = "lm"
+    model.resize_token_embeddings(size, mean_resizing=False)
+    kept = min(size, 99)
+    for name in names:
+        logits = model(**call, head=name).logits
+        assert logits.shape[-1] == model.heads[name].config.vocab_size == size
+        torch.testing.assert_close(logits[..., :kept], before[name][..., :kept])
+        assert generate(model, head=name).sequences.max() < size
+    assert model.config.prediction_heads["tied"]["vocab_size"] == size
+
+
 # --- other architectures --------------------------------------------------------------------------
 
 

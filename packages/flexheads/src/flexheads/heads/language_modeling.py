@@ -27,8 +27,8 @@ from flexheads.heads.features import Features
 from flexheads.heads.labels import InputShape, check_indices
 from flexheads.heads.outputs import head_output
 from flexheads.heads.source import Source
-from flexheads.specs import Need
 from flexheads.heads.written import filled_masks, likely_next, written_texts
+from flexheads.specs import Need
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,6 +190,37 @@ class LanguageModelHead(PredictionHead):
         layer = nn.Linear(width, vocabulary, bias=self.bias is not None, device="meta")
         layer.weight, layer.bias = weight, self.bias  # type: ignore[assignment]
         return layer
+
+    def set_output_embeddings(self, layer: nn.Linear) -> None:
+        """Takes over a bias, and a matrix unless it is tied; the vocabulary becomes as large."""
+        if not self.config.tied:
+            self.weight = nn.Parameter(layer.weight)
+        if self.bias is not None and layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias)
+        self.config = self.config.replace(vocab_size=layer.weight.shape[0])
+
+    @torch.no_grad()
+    def resize(self, size: int, embeddings: Tensor | None) -> None:
+        """Follows embeddings that have been resized; new tokens get new rows and no bias.
+
+        Args:
+            size: The new size of the vocabulary.
+            embeddings: The weight of the model's input embeddings, of that size already.
+        """
+        weight, kept = self._matrix(embeddings), min(size, self.num_outputs)
+        if not self.config.tied:
+            own = weight
+            weight = own.new_empty(size, own.shape[1]).normal_(std=self.initializer_range)
+            weight[:kept] = own[:kept]
+        layer = nn.Linear(weight.shape[1], size, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.new_zeros(size))
+            layer.bias[:kept] = self.bias[:kept]
+        trains = [p.requires_grad for p in self.parameters(recurse=False)]
+        self.set_output_embeddings(layer)
+        for parameter, train in zip(self.parameters(recurse=False), trains, strict=True):
+            parameter.requires_grad_(train)
 
     def check_labels(self, labels: Mapping[str, Any], shape: InputShape) -> None:
         """See `PredictionHead.check_labels`: token ids, one for each position that it scores."""

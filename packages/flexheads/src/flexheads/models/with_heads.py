@@ -14,6 +14,7 @@ from flexheads.composition import Rows, Setup
 from flexheads.errors import UnsupportedError
 from flexheads.heads.features import Features
 from flexheads.heads.labels import check_shape
+from flexheads.heads.language_modeling import LanguageModelHead
 from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.container import NamedModules
@@ -21,7 +22,7 @@ from flexheads.models.encoding import encode
 from flexheads.models.feature_cache import FeatureCacheMixin
 from flexheads.models.features_given import FEATURES, backbone_output
 from flexheads.models.generating_classes import configure_generation, generation_bases
-from flexheads.models.generation import GenerationPlan, joined, keeping, step_of
+from flexheads.models.generation_rows import GenerationPlan, joined, keeping, step_of
 from flexheads.models.inputs import (
     among,
     flatten_choices,
@@ -157,6 +158,16 @@ class ModelWithHeads(
             output = self._run_heads(plan, features, keeping(keep, own_labels, plan, self.heads))
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else _as_tuple(output)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resizes the embeddings, and every language-model head of that size; see transformers."""
+        before = self._attachment.backbone.get_input_embeddings().num_embeddings
+        embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        for head in self.heads.values():
+            if isinstance(head, LanguageModelHead) and head.num_outputs == before:
+                head.resize(embeddings.num_embeddings, self._embeddings())
+        self._changed()
+        return embeddings
 
     def _with_decoder(
         self, plan: Plan, labels: Mapping[str, Labels], inputs: dict[str, Any]
