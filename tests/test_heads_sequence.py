@@ -471,3 +471,21 @@ def test_on_other_architectures(architecture: str, tmp_path: Path) -> None:
     same = type(model).from_pretrained(tmp_path / "whole")
     for kind in LABELS:
         torch.testing.assert_close(same(**given)[kind].logits, several[kind].logits)
+
+
+def test_many_heads_at_once_give_what_each_gives(model: Any, inputs: dict[str, Tensor]) -> None:
+    """Heads of one shape may run as one product, whatever their units and sizes are."""
+    for n, mean in (("1", 5.0), ("2", -3.0)):
+        model.add_regression_head(f"r{n}", ["a", "b"], mean=[mean, 2.0], std=[3.0, 4.0])
+        model.add_ordinal_head(f"o{n}", 4)
+        model.add_embedding_head(f"e{n}")
+        model.add_embedding_head(f"s{n}", 8, normalise=n == "1")
+        model.add_ranking_head(f"k{n}", num_choices=2)
+    for number, head in enumerate(model.heads.values()):
+        randomise(head, seed=number)
+    with torch.no_grad():
+        together = model(**inputs, head=list(model.heads))
+        for name in model.heads:
+            alone = model(**inputs, head=name)
+            given = "embeddings" if "embeddings" in alone else "logits"
+            torch.testing.assert_close(together[name][given], alone[given])
