@@ -546,6 +546,7 @@ WRONG: dict[str, tuple[str, Any, dict[str, Any], type[Exception], str]] = {
     "no option": ("topic", "ab", {"topk": 2}, UnknownNameError, "Did you mean 'top_k'"),
     "no text": ("topic", ["ab", 3], {}, ConfigError, "Sample 1 is 3, and should be a text"),
     "three texts": ("topic", [("a", "b", "c")], {}, ConfigError, "Sample 0 is"),
+    "words and a text": ("topic", [(["a"], "b")], {}, ConfigError, "Sample 0 is"),
     "no words": ("ner", [["ab", 4]], {}, ConfigError, "Sample 0 is"),
     "a question alone": ("qa", ["who"], {}, ConfigError, r"\(question, context\)"),
     "another key": ("qa", [{"question": "a", "text": "b"}], {}, ConfigError, "context"),

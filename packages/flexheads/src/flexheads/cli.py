@@ -89,8 +89,8 @@ def predict(
     ] = False,
 ) -> None:
     """Says what a head of a saved model makes of texts."""
-    from flexheads import AutoModelWithHeads
     from flexheads.errors import FlexheadsError
+    from flexheads.models.auto import AutoModelWithHeads
 
     given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     samples = [(text, choice or second) if choice or second else text for text in given]

@@ -104,14 +104,12 @@ class Texts(Samples):
         """
         if isinstance(sample, Mapping):
             sample = (sample["text"], sample.get("text_pair"))
-        if isinstance(sample, list):
-            first, second = [_text(word) for word in sample], None
-        elif isinstance(sample, tuple):
-            first, second = sample
-        else:
-            first, second = sample, None
-        first = first if isinstance(first, list) else _text(first)
-        return first, None if second is None else _text(second)
+        first, second = sample if isinstance(sample, tuple) else (sample, None)
+        if not isinstance(first, list):
+            return _text(first), None if second is None else _text(second)
+        if second is not None:
+            raise ValueError(sample)
+        return [_text(word) for word in first], None
 
     def pieces(self, processor: Any, samples: Sequence[Any], limits: Limits) -> list[Piece]:
         fast = bool(getattr(processor, "is_fast", False))
@@ -282,11 +280,14 @@ class TextsOrChoices(Choices):
     looks = f"{Texts.looks}; or all of them {Choices.looks}"
 
     def pieces(self, processor: Any, samples: Sequence[Any], limits: Limits) -> list[Piece]:
-        compared = any(map(_has_choices, samples))
-        return (super() if compared else _TEXTS).pieces(processor, samples, limits)
+        if any(map(_has_choices, samples)):
+            return super().pieces(processor, samples, limits)
+        return _TEXTS.pieces(processor, samples, limits)
 
     def batch(self, processor: Any, pieces: Sequence[Piece]) -> tuple[dict[str, Any], Source]:
-        return (super() if pieces[0].rows > 1 else _TEXTS).batch(processor, pieces)
+        if pieces[0].rows > 1:
+            return super().batch(processor, pieces)
+        return _TEXTS.batch(processor, pieces)
 
 
 def _text(value: Any) -> str:

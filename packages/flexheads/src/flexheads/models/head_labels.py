@@ -50,9 +50,10 @@ class HeadLabelsMixin(SetupMixin):
         """Lets the model's configuration name the labels of the active head."""
         config, routes = self._attachment.backbone.config, self._attachment.runtime.active.heads
         head = self.heads[routes[0].head] if len(routes) == 1 else None
-        shown, labels, own = self._shown or (None, None, None)
-        if self._shown is None or config.id2label != labels:
-            own = config.id2label, config.label2id
+        own: Any = config.id2label, config.label2id
+        shown, labels, before = self._shown or (None, None, None)
+        if self._shown is not None and config.id2label == labels:
+            own = before
         if head is not None and head.id2label is not None:
             names = head.id2label
             config.id2label, config.label2id = names, {name: n for n, name in names.items()}

@@ -130,7 +130,7 @@ class HeadsMixin(HeadLabelsMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and unpickled models take the heads that came with them for their own."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for head in self.heads.values():
             if head._owner is None:
                 head._owner = weakref.ref(self)

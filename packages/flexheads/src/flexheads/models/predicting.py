@@ -31,7 +31,16 @@ _OF_BACKBONE = ("hidden_states", "attentions", "past_key_values", "last_hidden_s
 
 
 class PredictMixin(HeadsMixin):
-    """Predictions from samples as people have them."""
+    """Predictions from samples as people have them.
+
+    What a sample looks like is up to the head's type: a text, a list of its words, a tuple of two
+    texts; for question answering ``(question, context)`` or ``{"question", "context"}``; for
+    multiple choice ``(prompt, choices)`` or ``{"prompt", "choices"}``. On models of images it is an
+    image, on models of sound a row of numbers.
+
+    Nothing is trained or changed, dropout is off, and any number of threads may predict at once. A
+    model in training mode stays in it: a copy that shares all tensors does the work.
+    """
 
     def predict(
         self,
@@ -48,62 +57,50 @@ class PredictMixin(HeadsMixin):
     ) -> Any:
         """What a head says of samples, in plain Python values.
 
-        Nothing is trained or changed, dropout is off, and any number of threads may call this at
-        once. A model in training mode stays in it: a copy that shares all tensors does the work.
-
         Args:
             head: The head's name.
-            samples: Any number of samples, or one alone (a string, a tuple or a mapping). What
-                they look like is up to the head's type: a text, a list of its words, a tuple of two
-                texts; for question answering ``(question, context)`` or ``{"question",
-                "context"}``; for multiple choice ``(prompt, choices)`` or ``{"prompt",
-                "choices"}``; images for models of images, rows of numbers for models of sound.
-            tokenizer: The tokenizer, or the image processor, feature extractor or processor. None
-                loads what was saved with the model.
-            batch_size: How many pieces the model reads at once; a piece is a sample, or a window of
-                a long one. Batches are of about one length.
-            adapter_names: The adapters, as for `forward`; an empty list is none. None takes the
-                adapter that is called like the head, and where there is none what is active. Of
-                `Rows` each entry belongs to one sample.
-            max_length: Tokens that the model reads at once; None is what model and tokenizer allow.
-            stride: Tokens that two windows of a long text share; None is 128, or half of a window
-                if that is less.
+            samples: Any number of samples, or one alone (a string, a tuple or a mapping).
+            tokenizer: The tokenizer, image processor, feature extractor or processor; None loads
+                what was saved with the model.
+            batch_size: How many samples, or windows of long ones, the model reads at once.
+            adapter_names: The adapters, as for `forward`; of `Rows` each entry belongs to one
+                sample. None takes the adapter that is called like the head, or else what is active.
+            max_length: Tokens of a row; None is what model and tokenizer allow.
+            stride: Tokens that two windows share; None is 128, or half of a window if less.
             progress: Whether to show a progress bar; None shows one when it takes long.
             options: Options of the type's `decode`, such as ``top_k``.
 
         Returns:
-            For each sample, in their order, what the head's `decode` gives; of a sample alone that
-            alone.
+            What `decode` gives for each sample, in their order; of one alone that alone.
 
         Raises:
             UnknownNameError: If there is no such head, adapter or option.
-            UnsupportedError: If the type of head does not decode, or needs a tokenizer that tells
-                where its tokens stand in the text.
+            UnsupportedError: If the type does not decode, or needs another kind of tokenizer.
             ConfigError: If a sample looks otherwise, or there is no tokenizer.
             CompositionError: If the adapters share a batch out among them.
         """
-        module = self.heads[head]
-        _check_decoding(module, options)
-        if type(batch_size) is not int or batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size!r} should be a whole number, at least 1.")
         alone = isinstance(samples, str | Mapping | tuple)
         given = [samples] if alone else list(samples)
-        setup = self._setup_of_predict(head, adapter_names, len(given))
-        inputs = self._attachment.spec.inputs
-        kind = samples_for(module, inputs)
-        if not given:
-            return []
-        processor = processor_for(self, inputs) if tokenizer is None else tokenizer
-        limit = longest(self, processor) if max_length is None else max_length
-        limits = Limits(limit, stride)
-        pieces = kind.pieces(processor, given, limits)
-        run = _Run(_at_rest(self), module, kind, processor, setup, options)
-        with _bar(len(pieces), progress) as bar:
-            for batch in _batches(pieces, batch_size):
-                run.batch(batch)
-                bar.update(len(batch))
-        results = run.results(len(given))
+        work = self._work(head, options, adapter_names, tokenizer, len(given))
+        limit = longest(self, work.processor) if max_length is None else max_length
+        results = work.run(given, Limits(limit, stride), batch_size, progress)
         return results[0] if alone else results
+
+    def _work(
+        self,
+        head: str,
+        options: Mapping[str, Any],
+        adapter_names: Setup,
+        tokenizer: Any,
+        count: int,
+    ) -> _Work:
+        """What one call of `predict` has to do, once it is clear that it can be done."""
+        module, inputs = self.heads[head], self._attachment.spec.inputs
+        _check_decoding(module, options)
+        setup = self._setup_of_predict(head, adapter_names, count)
+        kind = samples_for(module, inputs)
+        found = processor_for(self, inputs) if tokenizer is None and count else tokenizer
+        return _Work(_at_rest(self), module, kind, found, setup, options)
 
     def _setup_of_predict(self, head: str, adapter_names: Setup, count: int) -> Setup:
         """The setup of every batch; None is what is active, with the layers that are skipped.
@@ -133,7 +130,7 @@ class PredictMixin(HeadsMixin):
 
 
 @dataclasses.dataclass
-class _Run:
+class _Work:
     """The model at work on the batches of one call, and what it has said so far."""
 
     model: Any
@@ -146,6 +143,19 @@ class _Run:
     def __post_init__(self) -> None:
         self.said: dict[int, list[Any]] = {}
         self.windows: dict[int, list[tuple[Piece, Any]]] = {}
+
+    def run(
+        self, samples: Sequence[Any], limits: Limits, batch_size: int, progress: bool | None
+    ) -> list[Any]:
+        """What the head says of each sample."""
+        if type(batch_size) is not int or batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size!r} should be a whole number, at least 1.")
+        pieces = self.kind.pieces(self.processor, samples, limits) if samples else []
+        with _bar(len(pieces), progress) as bar:
+            for batch in _batches(pieces, batch_size):
+                self.batch(batch)
+                bar.update(len(batch))
+        return self.results(len(samples))
 
     def batch(self, pieces: Sequence[Piece]) -> None:
         """Runs the model on some pieces; windows that will be joined wait for the others."""
@@ -160,7 +170,7 @@ class _Run:
             self.windows.setdefault(piece.sample, []).append((piece, own))
 
     def results(self, count: int) -> list[Any]:
-        """What the head says of each sample."""
+        """What the head has said of each sample, with its windows put together."""
         for sample, windows in self.windows.items():
             rows = [piece.content[0] for piece, _ in windows]
             outputs = [output for _, output in windows]

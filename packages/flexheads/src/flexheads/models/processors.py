@@ -99,5 +99,5 @@ def _positions(model: Any) -> int | None:
         last = name.rpartition(".")[2]
         padding = getattr(module, "padding_idx", None)
         if "position" in last and padding is not None and len(module.weight) == count:
-            return count - padding - 1
+            return count - int(padding) - 1
     return count
