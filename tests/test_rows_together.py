@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexheads import BatchSplit, LoRAConfig, Parallel, Rows
-from flexheads.methods.lora_parts import LowRankBank
+from flexheads.methods.lora_bank import LowRankBank
 from flexheads.sites.linear import LinearOp
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 

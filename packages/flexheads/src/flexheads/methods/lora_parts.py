@@ -16,6 +16,7 @@ from torch.nn import functional
 from flexheads.errors import UnsupportedError
 from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
+from flexheads.methods.lora_bank import LowRankBank
 from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
 from flexheads.sites.linear import Bank, LinearPart, Projection
 
@@ -211,41 +212,6 @@ class LowRank(Delta):
 
     def delta(self) -> Tensor:
         return self.lora_B @ self.lora_A
-
-
-class LowRankBank:
-    """Low-rank parts of one shape, each for some rows, as two batched products.
-
-    The factors are stacked in every call, which costs less than one product with them; so there is
-    no copy that could grow old.
-
-    Args:
-        parts: The part of each chain; None for a chain that does nothing here.
-    """
-
-    def __init__(self, parts: Sequence[LowRank | None]) -> None:
-        self.parts = [part for part in parts if part is not None]
-        self.idle = len(self.parts) < len(parts)
-        self.factors = [0.0 if part is None else part.scaling for part in parts]
-        numbers = iter(range(len(self.parts)))
-        self.places = [0 if part is None else next(numbers) for part in parts]
-
-    def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor:
-        """The new result of every row; see `flexheads.sites.linear.Bank`."""
-        first = self.parts[0]
-        dropped = first.dropout(hidden.to(first.dtype))
-        place = chain_of_row
-        if self.idle:
-            place = torch.tensor(self.places, device=place.device)[place]
-        down = torch.stack([part.lora_A for part in self.parts]).index_select(0, place)
-        up = torch.stack([part.lora_B for part in self.parts]).index_select(0, place)
-        inner = torch.bmm(dropped, down.transpose(1, 2))
-        if len(set(self.factors)) == 1:
-            change = torch.bmm(inner * self.factors[0], up.transpose(1, 2))
-        else:
-            factors = inner.new_tensor(self.factors)[chain_of_row]
-            change = torch.bmm(inner * factors.view(-1, 1, 1), up.transpose(1, 2))
-        return output + change.to(output.dtype)
 
 
 class Anchored(LowRank):
