@@ -39,6 +39,11 @@ def build() -> ModelWithHeads:
         model.add_classification_head(f"deep {number}", hidden_layer=1)
     model.add_classification_head("mixed", hidden_layer="mix")
     model.add_masked_lm_head("words")
+    for number in range(2):  # heads without layers, with parameters of their own, of other sizes
+        model.add_head(f"vector {number}", "embedding")
+        model.add_head(f"short {number}", "embedding", embedding_size=5)
+        model.add_head(f"level {number}", "ordinal", num_labels=4)
+        model.add_head(f"rank {number}", "ranking")
     randomise(model.heads, std=0.1)
     return model
 
@@ -94,7 +99,7 @@ def test_every_head_gives_what_it_gives_alone(rows: int) -> None:
     with stacks() as counted:
         assert_each_as_alone(model, list(model.heads), **inputs)
     # 2, 2, 2 with the pooling of the model; 3 and 4; mean; and so on. The rest is alone.
-    assert sorted(counted) == [2, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert sorted(counted) == [2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3]
 
 
 @torch.no_grad()
@@ -311,7 +316,8 @@ def test_parallel_heads_see_their_own_rows_only() -> None:
 def test_heads_of_other_kinds_stay_by_themselves() -> None:
     model = build()
     alone = {name for name, head in model.heads.items() if stack_key(head) is None}
-    assert alone == {"mixed", "words", *(n for n in model.heads if n.startswith("by attention"))}
+    kinds = {name.rpartition(" ")[0] or name for name in alone}
+    assert kinds == {"mixed", "words", "by attention", "vector", "level"}
     model.heads["tag 0"].half()
     model.heads["sort 0"].requires_grad_(False)
     assert stack_key(model.heads["tag 0"]) != stack_key(model.heads["tag 1"])

@@ -57,6 +57,8 @@ def stack_key(head: PredictionHead) -> Hashable | None:
     if not all(p is None or type(p) is nn.Parameter for p in parameters):
         return None
     given = [p for p in parameters if p is not None]
+    if not given:
+        return None
     if any(p.is_inference() or not p.is_floating_point() for p in given):
         return None  # changes of these cannot be noticed
     config = head.config.to_dict()
@@ -83,7 +85,7 @@ class Structure:
     """
 
     def __init__(self, heads: Sequence[FeedForwardHead], holder: dict[str, Any]) -> None:
-        self.heads = heads
+        self.heads, self._holder = heads, holder
         keys = {id(module): key for key, module in holder.items()}
         places: list[tuple[dict[str, Any], str]] = [(holder, keys[id(head)]) for head in heads]
         places += [(head._modules, "layers") for head in heads]
@@ -97,8 +99,15 @@ class Structure:
         self.parameters = _parameters(heads)
         self._hooks = RemovableHandle.next_id
 
-    def holds(self) -> bool:
-        """Whether they are still the same modules and parameters, with nothing hooked into them."""
+    def holds(self, holder: dict[str, Any]) -> bool:
+        """Whether they are still the same modules and parameters, with nothing hooked into them.
+
+        Args:
+            holder: The children of the module that holds them now; replicas of a model share what
+                is kept of it.
+        """
+        if holder is not self._holder:
+            return False
         if self._hooks != RemovableHandle.next_id:  # somewhere a hook was registered since
             self._hooks = RemovableHandle.next_id
             if any(map(_is_hooked, self.heads)):
@@ -129,7 +138,7 @@ class HeadStack:
         columns = list(zip(*(_layers(head) for head in heads), strict=True))
         # Tensors made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.scores = [head.num_outputs for head in heads]
+            self.scores = [linear.out_features for linear in columns[-1]]
             self._first = _wide(columns[0], max(self.scores) if len(columns) == 1 else None)
             self._others = [
                 _deep(column, max(self.scores) if column is columns[-1] else None)
@@ -142,10 +151,13 @@ class HeadStack:
 
         Writing to the ``.data`` of one in place is not noticed.
         """
-        same = len(parameters) == len(self._parameters) and all(
-            map(is_, parameters, self._parameters)
-        )
-        return same and self._state == self._read()
+        if parameters is not self._parameters:
+            if len(parameters) != len(self._parameters):
+                return False
+            if not all(map(is_, parameters, self._parameters)):
+                return False
+            self._parameters = parameters
+        return self._state == self._read()
 
     def __call__(self, inputs: Tensor) -> list[Tensor]:
         """The scores of each head, ``(..., scores)``, of ``(..., features)``."""

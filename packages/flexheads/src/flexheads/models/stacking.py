@@ -65,7 +65,7 @@ class HeadStacks:
         """
         outputs: dict[int, Any] = {}
         for group in self._of(plan, heads) if _eager(plan) else ():
-            stack = self._stack(group)
+            stack = self._stack(group, len(plan.heads) // 2)
             if stack is None:
                 continue
             first = group.structure.heads[0]
@@ -81,21 +81,27 @@ class HeadStacks:
 
     def _of(self, plan: Plan, heads: NamedModules[PredictionHead]) -> tuple[_Group, ...]:
         groups = self._groups.get(plan)
-        if groups is None or not all(group.structure.holds() for group in groups):
+        if groups is None or not all(group.structure.holds(heads._modules) for group in groups):
             groups = self._groups[plan] = _grouped(plan, heads)
         return groups
 
-    def _stack(self, group: _Group) -> HeadStack | None:
-        """The stacked weights of a group; None where each head shall run by itself."""
+    def _stack(self, group: _Group, kept: int) -> HeadStack | None:
+        """The stacked weights of a group; None where each head shall run by itself.
+
+        Args:
+            group: The group.
+            kept: How many stacks the plan may need.
+        """
         stack = self._stacks.get(group.names)
         if group.structure.dropping() or _wants_gradients(group.structure.heads):
             # Optimizers may write to weights in ways that leave no trace.
             self._stacks.pop(group.names, None)
             return None
         if stack is None or not stack.current(group.structure.parameters):
-            if len(self._stacks) >= _STACKS_KEPT:
-                self._stacks.clear()
+            self._stacks.pop(group.names, None)
             stack = self._stacks[group.names] = HeadStack(group.structure.heads)
+            for oldest in list(self._stacks)[: -max(_STACKS_KEPT, kept)]:
+                self._stacks.pop(oldest, None)
         return stack
 
 
