@@ -30,7 +30,7 @@ class MaskedImageTokensConfig(FeedForwardConfig):
 
 
 class MaskedImageTokensHead(FeedForwardHead):
-    """Scores a codebook at every patch (BEiT, arXiv:2106.08254, section 2.3).
+    """Scores a codebook at every patch (arXiv:2106.08254, section 2.3).
 
     A layer norm stands below the layers. Logits are ``(batch, patches, vocabulary)``.
     """

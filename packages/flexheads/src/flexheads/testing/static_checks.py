@@ -84,7 +84,7 @@ def _taken(static: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _unread(conversion: HeadConversion, tensors: Mapping[str, Tensor]) -> set[str]:
     """Aliases that this release of transformers keeps beside what they should repeat.
 
-    So does 5.0 for CamemBERT, whose configuration lacks ``tie_word_embeddings`` there. That no
+    So does 5.0 where a configuration lacks ``tie_word_embeddings`` there. That no
     forward reads them is checked with the outputs.
     """
     aliases = [pair for rule in conversion.heads for pair in rule.aliases.items()]
