@@ -29,8 +29,10 @@ class LowRankBank:
         numbers = iter(range(len(self.parts)))
         self.places = [0 if part is None else next(numbers) for part in parts]
 
-    def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor | None:
         """The new result of every row; see `flexheads.sites.linear.Bank`."""
+        if not all(map(_at_hand, self.parts)):
+            return None
         first = self.parts[0]
         dropped = first.dropout(hidden.to(first.dtype))
         place = chain_of_row
@@ -45,3 +47,9 @@ class LowRankBank:
             factors = inner.new_tensor(self.factors)[chain_of_row]
             change = torch.bmm(inner * factors.view(-1, 1, 1), up.transpose(1, 2))
         return output + change.to(output.dtype)
+
+
+def _at_hand(part: LowRank) -> bool:
+    """Whether a part's factors can be used without calling it: nothing hooks or offloads it."""
+    hooked = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    return not hooked and part.lora_A.device.type != "meta"

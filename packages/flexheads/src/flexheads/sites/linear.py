@@ -237,9 +237,9 @@ class LinearPart(nn.Module):
         return None
 
 
-Bank = Callable[[Tensor, Tensor, Tensor], Tensor]
+Bank = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """From a projection's input and result, ``(batch, sequence, ...)``, and the number of each row's
-chain, ``(batch,)``, to its new result."""
+chain, ``(batch,)``, to its new result; None where the chains have to run one by one after all."""
 
 
 class LinearOp(NamedTuple):
@@ -335,11 +335,16 @@ class AttachedLinear(AttachedSite):
         if op.enters and self.projection.columns is not None:
             hidden = run_chains(op.chains, op.rows, _enter, hidden)
             own = self.projection.run(hidden)
-        if op.bank is not None and op.rows is not None and hidden.dim() == 3:
-            own = op.bank(hidden, own, op.rows.chain_of_row(hidden.shape[0], hidden.device))
-        else:
-            own = run_chains(op.chains, op.rows, self._run, hidden, own)
-        return self.folded_as(output, self.projection.into(whole, own))
+        changed = self._together(op, hidden, own)
+        if changed is None:
+            changed = run_chains(op.chains, op.rows, self._run, hidden, own)
+        return self.folded_as(output, self.projection.into(whole, changed))
+
+    def _together(self, op: LinearOp, hidden: Tensor, own: Tensor) -> Tensor | None:
+        """The new result of all rows by one product; None where that cannot be."""
+        if op.bank is None or op.rows is None or hidden.dim() != 3:
+            return None
+        return op.bank(hidden, own, op.rows.chain_of_row(hidden.shape[0], hidden.device))
 
     def _run(self, parts: Sequence[LinearPart], hidden: Tensor, output: Tensor) -> Tensor:
         for part in parts:
