@@ -94,6 +94,7 @@ def test_heads_pool_the_positions_that_are_no_padding():
 @pytest.mark.parametrize("ending", ["ForCTC", "ForSequenceClassification"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_adapters_on_static_classes(name, ending, config, tmp_path):
+    torch.manual_seed(0)
     static_class = getattr(transformers, FAMILY[name] + ending)
     model = flexheads.init(static_class(tiny_config(name)).eval())
     before = run(model)
@@ -104,7 +105,7 @@ def test_adapters_on_static_classes(name, ending, config, tmp_path):
     model.add_adapter("a", config=config, set_active=True)
     randomise(model.adapters)
     acting = run(model)
-    assert not torch.allclose(acting, before, atol=1e-3)
+    assert not torch.allclose(acting, before, atol=1e-4)
     model.save_adapter(tmp_path, "a")
     model.delete_adapter("a")
     assert torch.equal(run(model), before)
