@@ -8,6 +8,7 @@ from itertools import repeat
 from operator import attrgetter, contains, is_
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -96,7 +97,7 @@ class Structure:
         self._held = [owner[key] for owner, key in places]
         self._attributes = [module.__dict__ for head in heads for module in (head, head.layers)]
         self._dropouts = [head.layers.dropout for head in heads]
-        self.parameters = _parameters(heads)
+        self.parameters: Sequence[nn.Parameter] = _parameters(heads)
         self._hooks = RemovableHandle.next_id
 
     def holds(self, holder: dict[str, Any]) -> bool:
@@ -131,7 +132,7 @@ class HeadStack:
     """
 
     def __init__(self, heads: Sequence[FeedForwardHead]) -> None:
-        self._parameters = _parameters(heads)
+        self._parameters: Sequence[nn.Parameter] = _parameters(heads)
         # A detached tensor keeps the memory, so that nothing else can get its address.
         self._kept = [p.detach() for p in self._parameters]
         self._state = self._read()
@@ -201,7 +202,7 @@ def _wide(linears: Sequence[Any], size: int | None) -> tuple[Tensor, Tensor | No
     chunks = max(_CHUNKS, torch.get_num_threads())
     while columns % chunks:
         chunks -= 1
-    weight = weight.reshape(chunks, columns // chunks, -1).transpose(1, 2).contiguous()
+    weight = _compact(weight.reshape(chunks, columns // chunks, -1).transpose(1, 2))
     return weight, None if bias is None else bias.reshape(chunks, 1, -1)
 
 
@@ -215,9 +216,18 @@ def _deep(modules: Sequence[Any], size: int | None) -> tuple[type[nn.Module], An
     weight, bias = _padded(modules, size)
     return (
         nn.Linear,
-        (weight.transpose(1, 2).contiguous(), None if bias is None else bias[:, None]),
+        (_compact(weight.transpose(1, 2)), None if bias is None else bias[:, None]),
         0.0,
     )
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """A contiguous copy, on a CPU in large pages of memory, because all of it is read each time."""
+    if tensor.device.type != "cpu":
+        return tensor.contiguous()
+    # NumPy asks the system for large pages, torch does not.
+    memory = torch.from_numpy(numpy.empty(tensor.numel() * tensor.element_size(), numpy.uint8))
+    return memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 def _padded(linears: Sequence[Any], size: int | None) -> tuple[Tensor, Tensor | None]:
