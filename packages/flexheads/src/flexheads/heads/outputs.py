@@ -45,7 +45,7 @@ def _built(kind: type[ModelOutput], values: Mapping[str, Any]) -> Any:
     """
     if torch.compiler.is_compiling():  # what was built before must not be part of the graph
         return kind(**values)
-    usual = kind.__post_init__ is ModelOutput.__post_init__  # type: ignore[attr-defined]
+    usual = kind.__post_init__ is ModelOutput.__post_init__
     if kind not in _BUILT or not usual:
         _BUILT.add(kind)
         return kind(**values)

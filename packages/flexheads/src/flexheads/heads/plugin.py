@@ -20,7 +20,10 @@ _TYPES = {
     "next_sentence": ("classification:NextSentenceHead", "Whether one sentence follows another"),
     "multiple_choice": ("multiple_choice:MultipleChoiceHead", "One of several continuations"),
     "tagging": ("tagging:TaggingHead", "One label per token"),
-    "question_answering": ("question_answering:QuestionAnsweringHead", "Start and end of an answer, if there is one"),
+    "question_answering": (
+        "question_answering:QuestionAnsweringHead",
+        "Start and end of an answer, if there is one",
+    ),
     "dependency_parsing": (
         "dependency_parsing:DependencyParsingHead",
         "The head and the relation of every word",

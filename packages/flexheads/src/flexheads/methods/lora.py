@@ -29,7 +29,8 @@ from flexheads.methods.lora_parts import (
     Vectors,
 )
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.linear import AttachedLinear, Projection
+from flexheads.sites.linear import AttachedLinear
+from flexheads.sites.projection import Projection
 
 __all__ = [
     "Anchored",

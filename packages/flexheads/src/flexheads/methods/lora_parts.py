@@ -18,7 +18,8 @@ from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_bank import LowRankBank
 from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
-from flexheads.sites.linear import Bank, LinearPart, Projection
+from flexheads.sites.linear import Bank, LinearPart
+from flexheads.sites.projection import Projection
 
 Folded = tuple[Tensor, Tensor | None]
 """A projection's weight and bias."""

@@ -16,7 +16,8 @@ from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_leave_out, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.linear import AttachedLinear, LinearPart, Projection
+from flexheads.sites.linear import AttachedLinear, LinearPart
+from flexheads.sites.projection import Projection
 
 MATRICES = {"q": "query", "k": "key", "v": "value", "o": "attention_output"}
 """The letters of attention matrices, each with the role of its site."""

@@ -162,35 +162,49 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
         return
     tensors = {k: t for k, t in _tensors(path, hub).items() if k.startswith(_OWN)}
     with reading(path):
-        for name, fields in described["adapters"]:
-            with to_be_filled():
-                adapter = model._build_adapter(name, load_config(fields, tolerant=True))
-            own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
-            fill(adapter, own, f"{path}: adapter {name!r}")
-            model._install(adapter)
-        for group, names in described.get("shared", {}).items():
-            model.share_parameters(names, group)
-        for name, members, fields in described.get("adapter_fusions", ()):
-            config = AdapterFusionConfig.load(fields)
-            fusion = model._build_fusion(name, tuple(members), config)
-            own = _take(tensors, f"adapter_fusions.{model.adapter_fusions.key(name)}.")
-            fill(fusion, own, f"{path}: fusion {name!r}")
-            model._install_fusion(fusion)
-        for name, provider, fields in described["heads"] if hasattr(model, "heads") else ():
-            fields = dict(fields)
-            head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
-            fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
-            model._install_head(head)
-        for name, value in described.get("loss_weights", ()) if hasattr(model, "heads") else ():
-            model.set_loss_weights({name: value})
-            key = f"loss_weights.{model.loss_weights.key(name)}."
-            where = f"{path}: loss weight of head {name!r}"
-            fill(model.loss_weights[name], _take(tensors, key), where)
+        _restore_adapters(model, path, described, tensors)
         # A class with a static head leaves flexible heads, and so what was active of them, behind.
-        active = described["active_heads"] if hasattr(model, "heads") else ()
+        active: Any = ()
+        if hasattr(model, "heads"):
+            _restore_heads(model, path, described, tensors)
+            active = described["active_heads"]
         heads = tuple(HeadRoute(*route) for route in active)
         skip_layers = tuple(described.get("skip_layers", ()))
         model._activate(from_json(described["active_adapters"]), heads, skip_layers)
+
+
+def _restore_adapters(
+    model: Any, path: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Builds and fills the adapters and fusions; see `restore`."""
+    for name, fields in described["adapters"]:
+        with to_be_filled():
+            adapter = model._build_adapter(name, load_config(fields, tolerant=True))
+        own = _take(tensors, f"adapters.{model.adapters.key(name)}.")
+        fill(adapter, own, f"{path}: adapter {name!r}")
+        model._install(adapter)
+    for group, names in described.get("shared", {}).items():
+        model.share_parameters(names, group)
+    for name, members, fields in described.get("adapter_fusions", ()):
+        fusion = model._build_fusion(name, tuple(members), AdapterFusionConfig.load(fields))
+        own = _take(tensors, f"adapter_fusions.{model.adapter_fusions.key(name)}.")
+        fill(fusion, own, f"{path}: fusion {name!r}")
+        model._install_fusion(fusion)
+
+
+def _restore_heads(
+    model: Any, path: str, described: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Builds and fills the heads, and what their losses count; see `restore`."""
+    for name, provider, fields in described["heads"]:
+        fields = dict(fields)
+        head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
+        fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
+        model._install_head(head)
+    for name, value in described.get("loss_weights", ()):
+        model.set_loss_weights({name: value})
+        own = _take(tensors, f"loss_weights.{model.loss_weights.key(name)}.")
+        fill(model.loss_weights[name], own, f"{path}: loss weight of head {name!r}")
 
 
 def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

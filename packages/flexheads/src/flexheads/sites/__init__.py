@@ -20,7 +20,7 @@ __getattr__ = lazy_attributes(
         "EmbeddingPart": "flexheads.sites.embedding",
         "LinearPart": "flexheads.sites.linear",
         "OutputPart": "flexheads.sites.output",
-        "Projection": "flexheads.sites.linear",
+        "Projection": "flexheads.sites.projection",
         "ResidualPart": "flexheads.sites.residual",
         "Stream": "flexheads.sites.residual",
         "TokensPart": "flexheads.sites.tokens",
