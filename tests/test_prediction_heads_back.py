@@ -42,7 +42,7 @@ EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_labels": 3, "multilabel": True, **POOLED},
         "BertForSequenceClassification",
     ),
-    "choice": ("add_multiple_choice_head", POOLED, "BertForMultipleChoice"),
+    "choice": ("add_multiple_choice_head", {**POOLED, "num_choices": 4}, "BertForMultipleChoice"),
     "tagging": ("add_tagging_head", {"num_labels": 3}, "BertForTokenClassification"),
     "qa": ("add_qa_head", {}, "BertForQuestionAnswering"),
     "masked_lm": ("add_masked_lm_head", {}, "BertForMaskedLM"),
