@@ -134,6 +134,23 @@ def test_other_architectures(architecture: str, tmp_path: Path) -> None:
     assert_same(model, batch_of(cache, 2, 0))
 
 
+def test_without_a_directory_each_has_a_place_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    model = build()
+    model.add_classification_head("topic")
+    counted = Counted(model)
+    first = model.cached_features(rows())
+    assert_same(model, batch_of(first, 0, 3))
+    counted.rows = 0
+    model.cached_features(rows())  # nothing left to do
+    assert counted.rows == 0
+    model.cached_features(rows(seed=1))
+    assert counted.rows == len(rows())
+    assert len(list((tmp_path / "flexheads" / "features").iterdir())) == 2
+
+
 def test_adapters_take_part(tmp_path: Path) -> None:
     model = build()
     model.add_classification_head("own")

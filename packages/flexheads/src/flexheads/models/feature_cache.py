@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -80,7 +81,7 @@ class FeatureCacheMixin:
     def cached_features(
         self,
         dataset: Any,
-        directory: str | Path,
+        directory: str | Path | None = None,
         *,
         batch_size: int = 32,
         collator: Callable[[list[Any]], Any] | None = None,
@@ -95,7 +96,9 @@ class FeatureCacheMixin:
 
         Args:
             dataset: Anything with a length and items that are mappings.
-            directory: Where the files are, or shall be.
+            directory: Where the files are, or shall be. None is a directory below
+                ``flexheads/features`` in the cache of Hugging Face's libraries (``HF_HOME``), named
+                by a hash of the weights and of all inputs.
             batch_size: Rows that the backbone sees at once.
             collator: Makes a batch of items, labels included, as a trainer would use it. None pads
                 on the right, inputs with the model's padding token and labels with -100.
@@ -146,11 +149,13 @@ class _Computing:
         self.keep = frozenset([*parameters, *labels, "label", "label_ids"])
 
     def run(
-        self, dataset: Any, directory: str | Path, batch_size: int, progress: bool | None
+        self, dataset: Any, directory: str | Path | None, batch_size: int, progress: bool | None
     ) -> FeatureCache:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ConfigError("A data set without a length or without items cannot be cached.")
-        store = FeatureStore(directory, self.about())
+        about = self.about()
+        directory = self.place(about, dataset) if directory is None else directory
+        store = FeatureStore(directory, about)
         if len(store) > len(dataset):
             raise CheckpointError(
                 f"{directory} has {len(store)} rows, but the data set has {len(dataset)}."
@@ -176,6 +181,13 @@ class _Computing:
         store.close()
         setup = json.dumps(to_json(self.plan.setup))
         return FeatureCache(dataset, store, FeatureCollator(self.collate, setup), self.keep)
+
+    def place(self, about: Mapping[str, Any], dataset: Any) -> Path:
+        """Where features go that were given no directory: a place for just these."""
+        found = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16)
+        for number in range(len(dataset)):
+            found.update(self.digest(dataset[number]))
+        return Path(constants.HF_HOME) / "flexheads" / "features" / found.hexdigest()
 
     def about(self) -> dict[str, Any]:
         """What the features depend on beside the inputs."""
