@@ -160,9 +160,8 @@ def compat(session: nox.Session, transformers: str) -> None:
     if transformers == NEWEST and sys.version_info < (3, 11):
         session.skip(f"transformers {NEWEST} needs Python 3.11.")
     python = workspace(session, None if transformers == NEWEST else transformers)
-    absent = [m for name, m in MEMBERS.items() if name not in fitting(transformers)]
-    others = (f"--ignore={folder.relative_to(ROOT).as_posix()}" for folder in absent)
-    pytest(session, python, "-m", DEFAULT, *others)
+    folders = [MEMBERS[name] / "tests" for name in fitting(transformers)]
+    pytest(session, python, "-m", DEFAULT, *map(str, folders), "tests")
 
 
 @nox.session(venv_backend="none")
