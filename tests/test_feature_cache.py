@@ -226,6 +226,7 @@ def test_choices_of_different_lengths(tmp_path: Path) -> None:
     torch.testing.assert_close(stored.loss, computed.loss)
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # of transformers
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_tokenizer_pads_on_its_side(side: str, tmp_path: Path) -> None:
     words = tmp_path / "vocab.txt"

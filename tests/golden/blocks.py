@@ -63,10 +63,14 @@ def _side_by_side(key: str, tensors: list[Tensor], weights: tuple[float, ...]) -
 
 
 def check_fused_stack(case: Case, model: Any) -> None:
-    """Behind each adapter of a Stack the next one sees the layer's own result with it added."""
+    """Behind each adapter of a Stack the next one sees the layer's own result with it added.
+
+    Scores of a fusion are large here, and a softmax of them magnifies rounding, so both are
+    computed in double precision.
+    """
     block = block_of(case.entry["setup"])
     assert isinstance(block, Fuse)
-    plain = model_for(case.other("base"))
+    model, plain = model.double(), model_for(case.other("base")).double()
     adapters = {name: _weights(case.folder / f) for name, f in case.entry["adapters"].items()}
     (fusion,) = (
         _weights(case.folder / f, "model_adapter_fusion") for f in case.entry["fusions"].values()
@@ -77,10 +81,16 @@ def check_fused_stack(case: Case, model: Any) -> None:
             continue
         at = f".{paths[site.address]}."
         parts = {
-            name: {k.partition(f"{at}adapters.{name}.")[2]: t for k, t in own.items() if at in k}
+            name: {
+                k.partition(f"{at}adapters.{name}.")[2]: t.double()
+                for k, t in own.items()
+                if at in k
+            }
             for name, own in adapters.items()
         }
-        attention = {k.rpartition(f".{block.name}.")[2]: t for k, t in fusion.items() if at in k}
+        attention = {
+            k.rpartition(f".{block.name}.")[2]: t.double() for k, t in fusion.items() if at in k
+        }
         _hook(site, lambda total, norm, p=parts, a=attention: _fused(block, total, norm, p, a))
     assert_close(run(case, model), run(case, plain, None))
 
