@@ -51,6 +51,11 @@ class Provider:
     def __str__(self) -> str:
         return f"plugin {self.plugin!r} of {self.distribution} {self.version}"
 
+    @property
+    def requirement(self) -> str:
+        """What pip installs, as saved files name it: ``"name==version"``."""
+        return f"{self.distribution}=={self.version}"
+
 
 @dataclass(frozen=True)
 class SkippedPlugin:

@@ -12,7 +12,13 @@ from transformers import PretrainedConfig
 from transformers.utils.generic import ModelOutput
 
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.heads.config import FeedForwardConfig, HeadConfig, LabelledConfig, PooledConfig
+from flexheads.heads.config import (
+    FeedForwardConfig,
+    HeadConfig,
+    LabelledConfig,
+    PooledConfig,
+    by_number,
+)
 from flexheads.heads.features import Features
 from flexheads.heads.inputs import Samples, Texts
 from flexheads.heads.labels import InputShape
@@ -104,7 +110,7 @@ class PredictionHead(nn.Module):
         if names is None:
             found: dict[int, str] | None = getattr(self.config, "id2label", None)
             return found
-        return {number: name for name, number in sorted(names.items(), key=lambda own: own[1])}
+        return by_number(names)
 
     @abstractmethod
     def forward(self, features: Features, **labels: Any) -> ModelOutput:

@@ -52,8 +52,6 @@ class ClassificationConfig(LabelledConfig, PooledConfig):
             raise ConfigError(f"problem_type={self.problem_type!r} is unknown.")
         if self.late and self.pooled_by is not None:
             raise ConfigError(f"late=True leaves nothing to do for pooling={self.pooled_by!r}.")
-        if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold={self.threshold!r} should be a number from 0 to 1.")
 
 
 class ClassificationHead(PooledHead):

@@ -25,6 +25,7 @@ POOLINGS = (
 
 _WHOLE_NUMBERS = ("num_labels", "num_choices", "layers")
 _YES_OR_NO = ("use_pooler", "bias", "layer_norm")
+_SHARES = ("dropout_prob", "threshold")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,11 +56,13 @@ class HeadConfig(Config):
         for name in _YES_OR_NO:
             if not isinstance(value := self.get(name, False), bool):
                 raise ConfigError(f"{name}={value!r} should be True or False.")
-        function, dropout = self.get("activation_function"), self.dropout_prob
+        for name in _SHARES:
+            value = self.get(name)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value <= 1):
+                raise ConfigError(f"{name}={value!r} should be a number from 0 to 1.")
+        function = self.get("activation_function")
         if not isinstance(function, str | None):
             raise ConfigError(f"activation_function={function!r} should be a name, or None.")
-        if dropout is not None and (type(dropout) not in (int, float) or not 0 <= dropout <= 1):
-            raise ConfigError(f"dropout_prob={dropout!r} should be a number from 0 to 1.")
         layer = self.hidden_layer
         if layer is not None and layer != "mix" and type(layer) is not int:
             raise ConfigError(f'hidden_layer={layer!r} should be a whole number, "mix", or None.')
@@ -132,14 +135,17 @@ class NamedLabelsConfig(HeadConfig):
         """The name of each label by its number; ``LABEL_0`` and so on where none was given."""
         if self.label2id is None:
             return {number: f"LABEL_{number}" for number in range(self.num_labels)}
-        return {
-            number: label for label, number in sorted(self.label2id.items(), key=lambda i: i[1])
-        }
+        return by_number(self.label2id)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LabelledConfig(NamedLabelsConfig, FeedForwardConfig):
     """Configuration of a head of linear layers with named labels."""
+
+
+def by_number(label2id: Mapping[str, int]) -> dict[int, str]:
+    """The name of each label by its number, in the order of the numbers."""
+    return {number: label for label, number in sorted(label2id.items(), key=lambda own: own[1])}
 
 
 def check_names(label2id: Mapping[str, int] | None, count: int) -> None:

@@ -85,10 +85,7 @@ def class_of(head_type: str, provider: str | None = None) -> type[PredictionHead
 def provider_of(head_type: str) -> str | None:
     """The distribution that brings a head type, ``"name==version"``; None for a registered one."""
     spec = registry().head_types.get(head_type)
-    if spec is None:
-        return None
-    provider = registry().provider_of(spec)
-    return f"{provider.distribution}=={provider.version}"
+    return None if spec is None else registry().provider_of(spec).requirement
 
 
 def is_foreign(head_type: str) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from flexheads.errors import ConfigError
 from flexheads.heads.base import FeedForwardHead
 from flexheads.heads.config import FeedForwardConfig
 from flexheads.heads.features import Features
@@ -35,11 +34,6 @@ class DetectionConfig(FeedForwardConfig):
     layers: int = 2
     activation_function: str | None = "gelu"
     threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if type(self.threshold) not in (int, float) or not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold={self.threshold!r} should be a number from 0 to 1.")
 
 
 class DetectionHead(FeedForwardHead):

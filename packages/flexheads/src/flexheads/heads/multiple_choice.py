@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MultipleChoiceModelOutput
 from flexheads.errors import ConfigError
 from flexheads.heads.base import PooledHead
 from flexheads.heads.classification import check_top_k
-from flexheads.heads.config import PooledConfig, check_names
+from flexheads.heads.config import PooledConfig, by_number, check_names
 from flexheads.heads.features import Features
 from flexheads.heads.inputs import Choices, Samples
 from flexheads.heads.labels import InputShape, check_indices
@@ -97,7 +97,7 @@ class MultipleChoiceHead(PooledHead):
         """
         check_top_k(top_k)
         shares = output.logits.float().softmax(-1)
-        names = {number: label for label, number in (self.config.label2id or {}).items()}
+        names = by_number(self.config.label2id or {})
         found = []
         for row, texts in zip(shares.tolist(), group_texts(source, *shares.shape), strict=True):
             choices = [

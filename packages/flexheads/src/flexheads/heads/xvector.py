@@ -14,7 +14,7 @@ from transformers.modeling_outputs import XVectorOutput
 
 from flexheads.errors import ConfigError
 from flexheads.heads.base import PredictionHead
-from flexheads.heads.config import HeadConfig, check_names
+from flexheads.heads.config import NamedLabelsConfig
 from flexheads.heads.features import Features
 from flexheads.heads.frames import frame_lengths
 from flexheads.heads.labels import InputShape, check_indices
@@ -22,12 +22,11 @@ from flexheads.heads.outputs import head_output
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class XVectorConfig(HeadConfig):
+class XVectorConfig(NamedLabelsConfig):
     """Configuration of `XVectorHead`; the sizes are those of SUPERB.
 
     Attributes:
         num_labels: Number of speakers to train on.
-        label2id: The name of each speaker, to its number.
         sizes: Sizes of the convolutions over frames; the first is that of the projection too.
         kernels: How many frames each convolution reads.
         dilations: How far apart these are.
@@ -36,8 +35,6 @@ class XVectorConfig(HeadConfig):
         margin: How much smaller the right cosine is made in the loss.
     """
 
-    num_labels: int
-    label2id: Mapping[str, int] | None = None
     sizes: Sequence[int] = (512, 512, 512, 512, 1500)
     kernels: Sequence[int] = (5, 3, 3, 1, 1)
     dilations: Sequence[int] = (1, 2, 3, 1, 1)
@@ -47,18 +44,11 @@ class XVectorConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names(self.label2id, self.num_labels)
         if not len(self.sizes) == len(self.kernels) == len(self.dilations) > 0:
             raise ConfigError(
                 f"sizes={self.sizes!r}, kernels={self.kernels!r} and dilations={self.dilations!r} "
                 "should have one value for each convolution."
             )
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """The name of each speaker by number; ``LABEL_0`` and so on where none was given."""
-        names = self.label2id or {f"LABEL_{n}": n for n in range(self.num_labels)}
-        return {number: name for name, number in sorted(names.items(), key=lambda i: i[1])}
 
 
 class _Convolution(nn.Module):

@@ -23,11 +23,11 @@ class LowRankBank:
     """
 
     def __init__(self, parts: Sequence[LowRank | None]) -> None:
-        self.parts = [part for part in parts if part is not None]
-        self.idle = len(self.parts) < len(parts)
+        first = next(part for part in parts if part is not None)
+        # A chain that does nothing here borrows a part, and counts it not at all.
+        self.parts = [first if part is None else part for part in parts]
         self.factors = [0.0 if part is None else part.scaling for part in parts]
-        numbers = iter(range(len(self.parts)))
-        self.places = [0 if part is None else next(numbers) for part in parts]
+        self.alike = len(set(self.factors)) == 1
 
     def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor | None:
         """The new result of every row; see `flexheads.sites.linear.Bank`."""
@@ -35,17 +35,13 @@ class LowRankBank:
             return None
         first = self.parts[0]
         dropped = first.dropout(hidden.to(first.dtype))
-        place = chain_of_row
-        if self.idle:
-            place = torch.tensor(self.places, device=place.device)[place]
-        down = torch.stack([part.lora_A for part in self.parts]).index_select(0, place)
-        up = torch.stack([part.lora_B for part in self.parts]).index_select(0, place)
+        down = torch.stack([part.lora_A for part in self.parts]).index_select(0, chain_of_row)
+        up = torch.stack([part.lora_B for part in self.parts]).index_select(0, chain_of_row)
         inner = torch.bmm(dropped, down.transpose(1, 2))
-        if len(set(self.factors)) == 1:
-            change = torch.bmm(inner * self.factors[0], up.transpose(1, 2))
-        else:
-            factors = inner.new_tensor(self.factors)[chain_of_row]
-            change = torch.bmm(inner * factors.view(-1, 1, 1), up.transpose(1, 2))
+        factor: Tensor | float = self.factors[0]
+        if not self.alike:
+            factor = inner.new_tensor(self.factors)[chain_of_row].view(-1, 1, 1)
+        change = torch.bmm(inner * factor, up.transpose(1, 2))
         return output + change.to(output.dtype)
 
 

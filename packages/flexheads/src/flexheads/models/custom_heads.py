@@ -15,7 +15,6 @@ from flexheads.heads.custom import (
     register_custom_head,
 )
 from flexheads.models.head_methods import HeadsMixin
-from flexheads.sites.base import place
 
 
 class CustomHeadsMixin(HeadsMixin):
@@ -54,10 +53,7 @@ class CustomHeadsMixin(HeadsMixin):
         head.check_architecture(self._attachment.spec)
         self._check_pooler(head.name, head.config)
         _settle(head)
-        place(head, self._attachment.backbone, which=-1)
-        self._install_head(head.train(self.training))
-        if set_active:
-            self.active_head = head.name
+        self._add_built(self._placed(head), set_active)
 
     def add_custom_head(
         self,
@@ -122,9 +118,7 @@ class CustomHeadsMixin(HeadsMixin):
         own = config["head_type"] in custom_head_types()
         fields = dict(config) if own else modern_head_config({"config": config, "version": ""})
         head = self._build_head(head_name, fields.pop("head_type"), fields, tolerant=own)
-        self._install_head(head)
-        if set_active:
-            self.active_head = head_name
+        self._add_built(head, set_active)
 
     def get_prediction_heads_config(self) -> dict[str, dict[str, Any]]:
         """The configuration of every head by its name."""
@@ -144,9 +138,7 @@ class CustomHeadsMixin(HeadsMixin):
             _name_type(built, head_type)
             return built
         kind.check_architecture(self._attachment.spec)
-        head = kind.make(self, name, head_type, config, tolerant)
-        place(head, self._attachment.backbone, which=-1)
-        return head.train(self.training)
+        return self._placed(kind.make(self, name, head_type, config, tolerant))
 
 
 def _settle(head: PredictionHead) -> None:

@@ -223,14 +223,13 @@ class SavingMixin(AdapterModelMixin):
 
     def _provenance(self, spec: Spec | None) -> Provenance:
         config = self._attachment.backbone.config
-        origin = None if spec is None else registry().provider_of(spec)
         return Provenance(
             model_type=config.model_type,
             model_class=type(self).__name__,
             model_name=config.name_or_path or None,
             hidden_size=getattr(config, "hidden_size", None),
             version=f"flexheads.{library_version()}",
-            provider=None if origin is None else f"{origin.distribution}=={origin.version}",
+            provider=None if spec is None else registry().provider_of(spec).requirement,
         )
 
 

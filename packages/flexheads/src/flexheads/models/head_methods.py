@@ -63,9 +63,7 @@ class HeadsMixin(HeadLabelsMixin):
             UnsupportedError: If the model lacks what the head would read.
         """
         self._refuse_taken("head", head_name, overwrite_ok)
-        self._install_head(self._build_head(head_name, head_type, config))
-        if set_active:
-            self.active_head = head_name
+        self._add_built(self._build_head(head_name, head_type, config), set_active)
 
     def delete_head(self, head_name: str) -> None:
         """Removes a head; where it was active it is no more, and others that were stay.
@@ -97,9 +95,17 @@ class HeadsMixin(HeadLabelsMixin):
         kind = head_class.config_class
         fields = kind.from_dict(with_names(kind, config), tolerant=tolerant)
         self._check_pooler(name, fields)
-        head: PredictionHead = head_class(name, fields, backbone.config)
-        place(head, backbone, which=-1)
+        return self._placed(head_class(name, fields, backbone.config))
+
+    def _placed(self, head: PredictionHead) -> PredictionHead:
+        """A head on the device, in the dtype and in the mode of the model."""
+        place(head, self._attachment.backbone, which=-1)
         return head.train(self.training)
+
+    def _add_built(self, head: PredictionHead, set_active: bool) -> None:
+        self._install_head(head)
+        if set_active:
+            self.active_head = head.name
 
     def _check_pooler(self, name: str, config: HeadConfig) -> None:
         """Refuses a head that reads the trained pooler where that is not, or reads another layer.
