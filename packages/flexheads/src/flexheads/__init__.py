@@ -51,6 +51,7 @@ _LAZY = {
     "MTLLoRAConfig": "flexheads.methods.lora",
     "ModelWithHeads": "flexheads.models.with_heads",
     "MultiHeadOutput": "flexheads.heads.outputs",
+    "MultiTask": "flexheads.composition",
     "NoReftConfig": "flexheads.methods.reft",
     "ParBnConfig": "flexheads.methods.bottleneck_config",
     "Parallel": "flexheads.composition",

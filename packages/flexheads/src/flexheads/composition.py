@@ -234,6 +234,50 @@ class Rows(Block):
         return type(self), (list(self.children),)
 
 
+class MultiTask(Block):
+    """Each row of the batch goes to the branch of its task, which each call tells as ``task_ids``.
+
+    What `Rows` says by values, this says by a tensor, so that one compiled model serves all ways
+    of sharing out the rows. ``MultiTask("a", None, "b")``: rows of task 1 go to the bare model.
+
+    Args:
+        children: The branch of each task: an adapter name, a block that keeps the rows, or None.
+    """
+
+    __slots__ = ()
+
+    def _child(self, child: Setup) -> Child:
+        return None if child is None else super()._child(child)
+
+    def ids(self, rows: Iterable[Setup]) -> list[int]:
+        """The numbers of tasks, given what stands for each, for ``torch.tensor``.
+
+        Args:
+            rows: For each row the branch, or the number of the task.
+
+        Raises:
+            CompositionError: If something is no branch, the branch of several tasks, or no number
+                of a task.
+        """
+        return [self._id(row) for row in rows]
+
+    def _id(self, row: Any) -> int:
+        if isinstance(row, int) and not isinstance(row, bool):
+            if not 0 <= row < len(self.children):
+                raise CompositionError(
+                    f"Task {row} does not exist: {self!r} has tasks 0 to {len(self.children) - 1}."
+                )
+            return row
+        wanted = Stack(*row) if isinstance(row, (list, tuple)) else row
+        found = [task for task, child in enumerate(self.children) if child == wanted]
+        if len(found) != 1:
+            raise CompositionError(
+                f"{row!r} stands for {len(found)} tasks of {self!r}; name a branch, or give the "
+                f"number of the task, 0 to {len(self.children) - 1}."
+            )
+        return found[0]
+
+
 def _rebuild(kind: type[Block], children: tuple[Child, ...], fields: dict[str, Any]) -> Block:
     return kind(*children, **fields)
 
@@ -329,5 +373,6 @@ def from_json(described: Any) -> Block | None:
 
 
 BLOCKS: dict[str, type[Block]] = {
-    block.__name__: block for block in (Stack, Fuse, Split, Average, Parallel, BatchSplit, Rows)
+    block.__name__: block
+    for block in (Stack, Fuse, Split, Average, Parallel, BatchSplit, Rows, MultiTask)
 }

@@ -36,6 +36,8 @@ class Plan:
         heads: The heads that run, in the order of their outputs.
         ops: For each site that takes part, by its logical address, what it does.
         skip_layers: Numbers of layers in which nothing acts.
+        rows: What cuts a batch by the rows of one call (a `flexheads.sites.rows.RowMap`), for
+            operations that serve any rows; None where there are none.
     """
 
     setup: Block | None = None
@@ -43,6 +45,7 @@ class Plan:
     heads: tuple[HeadRoute, ...] = ()
     ops: Mapping[str, Any] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
+    rows: Any = None
 
     def rows_of(self, route: HeadRoute, batch: int) -> list[int] | slice | None:
         """The rows that a head sees in a batch of `batch` rows (already repeated); None is all.

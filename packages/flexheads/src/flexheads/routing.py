@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from flexheads.composition import (
     Average,
@@ -10,6 +11,7 @@ from flexheads.composition import (
     Block,
     Child,
     Fuse,
+    MultiTask,
     Parallel,
     Rows,
     Split,
@@ -32,17 +34,23 @@ class Routing:
         repeat: How many times the rows of the input are repeated (by `Parallel`).
         sizes: Consecutive rows per chain; None where the rows are shared out equally.
         index: For each row the chain that it follows (from `Rows`), instead of `sizes`.
+        tasks: For each task its chain (from `MultiTask`), where only a call tells the rows.
     """
 
     chains: tuple[Chain, ...] = ((),)
     repeat: int = 1
     sizes: tuple[int, ...] | None = None
     index: tuple[int, ...] | None = None
+    tasks: tuple[int, ...] | None = None
 
     @property
     def single(self) -> bool:
         """Whether all rows follow one chain."""
-        return len(self.chains) == 1 and self.index is None
+        return len(self.chains) == 1 and self.index is None and self.tasks is None
+
+    def assigned(self, index: Sequence[int]) -> Routing:
+        """The same chains, with the chain of each row."""
+        return replace(self, index=tuple(index), tasks=None)
 
     def rows(self, batch: int) -> tuple[list[int] | slice, ...]:
         """The rows of each chain in a batch of `batch` rows (already repeated).
@@ -59,6 +67,8 @@ class Routing:
                 [row for row, chain in enumerate(self.index) if chain == number]
                 for number in range(len(self.chains))
             )
+        if self.tasks is not None:
+            raise CompositionError("The rows of MultiTask are only known in a call with task_ids.")
         sizes = self.sizes or (batch // len(self.chains),) * len(self.chains)
         if sum(sizes) != batch:
             raise CompositionError(
@@ -78,10 +88,20 @@ def route(setup: Block | None) -> Routing:
     if setup is None:
         return Routing()
     if isinstance(setup, Rows):
-        chains: dict[Chain, int] = {}
-        index = tuple(chains.setdefault(_chain(child, setup), len(chains)) for child in setup)
-        return Routing(tuple(chains), index=index)
+        return _route_rows(setup)
     return _route(setup)
+
+
+def _route_rows(setup: Rows) -> Routing:
+    """The chains are in an order of their own, so that other rows with the same ones are alike."""
+    rows = [_chain(child, setup) for child in setup]
+    chains = sorted(dict.fromkeys(rows), key=_chain_name)
+    numbers = {chain: number for number, chain in enumerate(chains)}
+    return Routing(tuple(chains), index=tuple(numbers[chain] for chain in rows))
+
+
+def _chain_name(chain: Chain) -> str:
+    return "/".join(map(step_name, chain))
 
 
 def step_name(step: Step) -> str:
@@ -125,7 +145,10 @@ def _route(child: Child) -> Routing:
         return _route_stack(child)
     if isinstance(child, Parallel):
         branches = [_route(c) for c in child]
-        if any(b.repeat > 1 for b in branches) or len({b.sizes is None for b in branches}) > 1:
+        if (
+            any(b.repeat > 1 or b.tasks is not None for b in branches)
+            or len({b.sizes is None for b in branches}) > 1
+        ):
             raise CompositionError(
                 f"{child!r}: a branch of Parallel is a name, a Stack, or each a BatchSplit."
             )
@@ -133,6 +156,10 @@ def _route(child: Child) -> Routing:
         return Routing(sum((b.chains for b in branches), ()), len(branches), sizes)
     if isinstance(child, BatchSplit):
         return _route_batch_split(child)
+    if isinstance(child, MultiTask):
+        chains: dict[Chain, int] = {}
+        tasks = tuple(chains.setdefault(_chain(c, child), len(chains)) for c in child)
+        return Routing(tuple(chains), tasks=tasks)
     if isinstance(child, Rows):
         raise CompositionError(f"{child!r} cannot stand inside another block.")
     return Routing((chain_of(child),))
@@ -148,7 +175,7 @@ def _route_stack(stack: Stack) -> Routing:
         sum((part.chains[number if part is shape else 0] for part in parts), ())
         for number in range(len(shape.chains))
     )
-    return Routing(chains, shape.repeat, shape.sizes)
+    return replace(shape, chains=chains)
 
 
 def _route_batch_split(block: BatchSplit) -> Routing:
@@ -156,8 +183,9 @@ def _route_batch_split(block: BatchSplit) -> Routing:
     sizes: list[int] = []
     for child, size in zip(block, block.batch_sizes, strict=True):
         part = _route(child)
-        if part.repeat > 1:
-            raise CompositionError(f"{block!r}: Parallel cannot stand inside BatchSplit.")
+        if part.repeat > 1 or part.tasks is not None:
+            kind = "Parallel" if part.repeat > 1 else "MultiTask"
+            raise CompositionError(f"{block!r}: {kind} cannot stand inside BatchSplit.")
         inner = part.sizes or (size,)
         if sum(inner) != size:
             raise CompositionError(f"{block!r}: {child!r} shares out {sum(inner)} of {size} rows.")
