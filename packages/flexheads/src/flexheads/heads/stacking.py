@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Sequence
 from itertools import repeat
-from operator import attrgetter, contains, is_
+from operator import contains, is_
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.heads.base import FeedForwardHead, PredictionHead
 from flexheads.heads.layers import Stacked
+from flexheads.sites.derived import Snapshot, is_hooked
 
 _READS_ALIKE = (
     "activation_function",
@@ -132,10 +132,7 @@ class HeadStack:
     """
 
     def __init__(self, heads: Sequence[FeedForwardHead]) -> None:
-        self._parameters: Sequence[nn.Parameter] = _parameters(heads)
-        # A detached tensor keeps the memory, so that nothing else can get its address.
-        self._kept = [p.detach() for p in self._parameters]
-        self._state = self._read()
+        self._snapshot = Snapshot(_parameters(heads))
         columns = list(zip(*(_layers(head) for head in heads), strict=True))
         # Tensors made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
@@ -152,13 +149,7 @@ class HeadStack:
 
         Writing to the ``.data`` of one in place is not noticed.
         """
-        if parameters is not self._parameters:
-            if len(parameters) != len(self._parameters):
-                return False
-            if not all(map(is_, parameters, self._parameters)):
-                return False
-            self._parameters = parameters
-        return self._state == self._read()
+        return self._snapshot.holds(parameters)
 
     def __call__(self, inputs: Tensor) -> list[Tensor]:
         """The scores of each head, ``(..., scores)``, of ``(..., features)``."""
@@ -185,10 +176,6 @@ class HeadStack:
             s if s.shape[-1] == n else s[..., :n].contiguous()
             for s, n in zip(scores, self.scores, strict=True)
         ]
-
-    def _read(self) -> list[int]:
-        versions = map(attrgetter("_version"), self._parameters)
-        return [*versions, *map(Tensor.data_ptr, self._parameters)]
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -271,15 +258,7 @@ def _is_plain(head: FeedForwardHead) -> bool:
 
 def _is_hooked(head: nn.Module) -> bool:
     """Whether a hook is on a head or a module in it."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in head.modules()
-    )
-
-
-def hooked_everywhere() -> bool:
-    """Whether hooks on every module are in force, which want to see each head run."""
-    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    return any(map(is_hooked, head.modules()))
 
 
 def _shape(module: Any) -> tuple[Any, ...]:

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-
-from flexheads.heads.base import FeedForwardHead, PredictionHead
+from flexheads.heads.base import PredictionHead
 from flexheads.heads.features import Features
-from flexheads.heads.stacking import HeadStack, Structure, hooked_everywhere, stack_key
+from flexheads.heads.stacking import HeadStack, Structure, stack_key
 from flexheads.models.container import NamedModules
 from flexheads.models.labels import Labels
 from flexheads.plan import HeadRoute, Plan
+from flexheads.sites.derived import hooked_everywhere, traced, wants_gradients
 
 _STACKS_KEPT = 4
 
@@ -93,13 +92,14 @@ class HeadStacks:
             kept: How many stacks the plan may need.
         """
         stack = self._stacks.get(group.names)
-        if group.structure.dropping() or _wants_gradients(group.structure.heads):
+        structure = group.structure
+        if structure.dropping() or wants_gradients(structure.parameters):
             # Optimizers may write to weights in ways that leave no trace.
             self._stacks.pop(group.names, None)
             return None
-        if stack is None or not stack.current(group.structure.parameters):
+        if stack is None or not stack.current(structure.parameters):
             self._stacks.pop(group.names, None)
-            stack = self._stacks[group.names] = HeadStack(group.structure.heads)
+            stack = self._stacks[group.names] = HeadStack(structure.heads)
             for oldest in list(self._stacks)[: -max(_STACKS_KEPT, kept)]:
                 self._stacks.pop(oldest, None)
         return stack
@@ -107,15 +107,7 @@ class HeadStacks:
 
 def _eager(plan: Plan) -> bool:
     """Whether there are several heads, and nobody watches them from outside."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    watched = tracing or hooked_everywhere()
-    return len(plan.heads) > 1 and not watched
-
-
-def _wants_gradients(heads: Sequence[FeedForwardHead]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(parameter.requires_grad for head in heads for parameter in head.parameters())
+    return len(plan.heads) > 1 and not (traced() or hooked_everywhere())
 
 
 def _grouped(plan: Plan, heads: NamedModules[PredictionHead]) -> tuple[_Group, ...]:

@@ -1,0 +1,192 @@
+"""What is computed from weights alone, kept from one inference call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import attrgetter, contains, is_, itemgetter
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
+
+
+class Derived(Generic[T]):
+    """A value that is computed from the weights of modules, kept until one of them changes.
+
+    It is kept between calls that only infer: no module is in training mode, no gradient of its
+    weights is wanted, and nothing traces, transforms or watches the computation. In any other call
+    there is none, and what was kept is forgotten, because optimizers may write to weights in ways
+    that leave no trace. Kept tensors need no gradient and can be used outside of inference mode.
+
+    A change of a weight is noticed by its identity, its memory and its version; only writing to the
+    ``.data`` of one in place is not noticed. Replacing a module or a weight, and hooks on a module,
+    are noticed too. Threads may use it at once; at worst they compute the value twice. Copies and
+    pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept[T] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def get(
+        self, modules: Sequence[nn.Module], compute: Callable[[], T], facts: object = None
+    ) -> T | None:
+        """The value; None where it must not be kept now, so that the caller computes otherwise.
+
+        Args:
+            modules: The modules that it is computed from, with all that is in them.
+            compute: Computes it.
+            facts: What else it is computed from; compared by ``==``.
+        """
+        if watched():
+            return None
+        kept = self._kept
+        if kept is None or not kept.holds(modules, facts):
+            kept = self._kept = _keep(modules, compute, facts)
+        return None if kept is None else kept.value
+
+
+class Snapshot:
+    """Tensors as they are now, to tell later whether one of them has changed.
+
+    Args:
+        tensors: The tensors; none was made in inference mode.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        # A detached tensor keeps the memory, so that nothing else can get its address.
+        self._memory = [tensor.detach() for tensor in tensors]
+        self._state = self._read()
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and none has changed since.
+
+        Writing to the ``.data`` of one in place is not noticed.
+        """
+        if tensors is not self._tensors:
+            if len(tensors) != len(self._tensors):
+                return False
+            if not all(map(is_, tensors, self._tensors)):
+                return False
+            self._tensors = tensors
+        return self._state == self._read()
+
+    def _read(self) -> list[int]:
+        versions = map(attrgetter("_version"), self._tensors)
+        return [*versions, *map(Tensor.data_ptr, self._tensors)]
+
+
+class _Kept(Generic[T]):
+    """A value, and what has to be as it was when the value was computed."""
+
+    def __init__(self, modules: Sequence[nn.Module], facts: object) -> None:
+        self._hooks = RemovableHandle.next_id
+        self._roots, self._facts = tuple(modules), facts
+        self._modules = _all_of(modules)
+        places = [(held, key) for m in self._modules for held in _children(m) for key in held]
+        self._owners, self._keys = zip(*places, strict=True) if places else ((), ())
+        self._held = [owner[key] for owner, key in places]
+        self._attributes = [module.__dict__ for module in self._modules]
+        self.tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._snapshot = Snapshot(self.tensors)
+        self.value: Any = None
+
+    def holds(self, modules: Sequence[nn.Module], facts: object) -> bool:
+        """Whether the value is still right, and may be used in this call."""
+        if len(modules) != len(self._roots) or not all(map(is_, modules, self._roots)):
+            return False
+        if self._hooks != RemovableHandle.next_id:  # somewhere a hook was registered since
+            self._hooks = RemovableHandle.next_id
+            if any(map(is_hooked, self._modules)):
+                return False
+        return (
+            all(map(is_, map(dict.get, self._owners, self._keys), self._held))
+            and not any(map(itemgetter("training"), self._attributes))
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and self._facts == facts
+            and not wants_gradients(self.tensors)
+            and self._snapshot.holds(self.tensors)
+        )
+
+
+def _keep(modules: Sequence[nn.Module], compute: Callable[[], T], facts: object) -> _Kept[T] | None:
+    """The value as it has to be computed now; None where it must not be kept."""
+    if any(map(attrgetter("training"), modules)) or not all(map(_is_plain, _all_of(modules))):
+        return None
+    # What is read first is what a change during the computation is noticed by.
+    kept: _Kept[T] = _Kept(modules, facts)
+    if wants_gradients(kept.tensors):
+        return None
+    # Tensors made in inference mode could not be used outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        kept.value = compute()
+    return kept
+
+
+def _all_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [inner for module in modules for inner in module.modules()]
+
+
+def _children(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is inferring, as its class says, with tensors whose changes are noticed."""
+    own = module.__dict__
+    if module.training or "forward" in own or is_hooked(module):
+        return False
+    if any(isinstance(value, Tensor) for value in own.values()):
+        return False  # weights that somebody has put in place of parameters
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return all(tensor is None or is_plain(tensor) for tensor in tensors)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a weight is a usual one, so that changes of it can be noticed."""
+    usual = type(tensor) in (nn.Parameter, Tensor)
+    return usual and not tensor.is_inference() and not tensor.is_meta
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook is on a module itself."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def wants_gradients(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients of one of these are wanted."""
+    return torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), tensors))
+
+
+def traced() -> bool:
+    """Whether somebody compiles or records what is computed."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def hooked_everywhere() -> bool:
+    """Whether hooks on every module are in force, which want to see each of them run."""
+    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def watched() -> bool:
+    """Whether the call is not a plain one: traced, transformed, cast, or seen by hooks."""
+    return (
+        traced()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_any_autocast_enabled()
+        or hooked_everywhere()
+    )
