@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Union
+from typing import Any, ClassVar, Union
 
 from flexheads.errors import CompositionError
 
@@ -17,20 +17,39 @@ class Block:
 
     __slots__ = ("children",)
     children: tuple[Child, ...]
+    _may_be_bare: ClassVar[bool] = True
+    """Whether None, the bare model, can be a branch."""
 
     def __init__(self, *children: Setup) -> None:
         if not children:
             raise CompositionError(f"{type(self).__name__} needs at least one adapter.")
-        object.__setattr__(self, "children", tuple(self._child(child) for child in children))
+        own = tuple(self._child(child, number) for number, child in enumerate(children))
+        object.__setattr__(self, "children", own)
 
-    def _child(self, child: Setup) -> Child:
+    def _child(self, child: Setup, number: int) -> Child:
         if isinstance(child, (Block, str)):
             return child
-        if isinstance(child, (list, tuple)):
+        if isinstance(child, (list, tuple)) and child:
             return Stack(*child)
+        if self._may_be_bare and (child is None or child == [] or child == ()):
+            return None
+        bare = " and None" * self._may_be_bare
         raise CompositionError(
-            f"{type(self).__name__} takes adapter names and blocks, not {child!r}."
+            f"{type(self).__name__}[{number}]: adapter names and blocks{bare} can stand here, "
+            f"not {child!r}."
         )
+
+    def with_children(self, children: Iterable[Child]) -> Block:
+        """The same block of other branches, as many as before."""
+        own = tuple(children)
+        if own == self.children:
+            return self
+        block = object.__new__(type(self))
+        for field in (
+            name for kind in type(self).__mro__ for name in getattr(kind, "__slots__", ())
+        ):
+            object.__setattr__(block, field, own if field == "children" else getattr(self, field))
+        return block
 
     def __setattr__(self, key: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable.")
@@ -84,17 +103,22 @@ class Block:
 class Stack(Block):
     """Adapters one after the other: ``Stack("language", "task")``."""
 
+    __slots__ = ()
+    _may_be_bare = False
+
 
 class Fuse(Block):
     """AdapterFusion: attention over what each adapter would add (arXiv:2005.00247).
 
     Args:
-        children: The adapters; a Stack stands for its last adapter, behind the others.
+        children: The adapters; a Stack stands for its last adapter, behind the others, which can
+            be blocks.
         name: The fusion's name; None is the names of the adapters, joined by commas.
     """
 
     __slots__ = ("name",)
     name: str
+    _may_be_bare = False
 
     def __init__(self, *children: Setup, name: str | None = None) -> None:
         super().__init__(*children)
@@ -107,7 +131,7 @@ class Fuse(Block):
         Raises:
             CompositionError: If a child is no name and no Stack of names.
         """
-        return tuple(_last(child, self) for child in self.children)
+        return tuple(_last(child, f"Fuse[{n}]") for n, child in enumerate(self.children))
 
     def _state(self) -> tuple[object, ...]:
         return self.children, self.name
@@ -187,7 +211,13 @@ class Average(Block):
 
 
 class Parallel(Block):
-    """Every row of the batch goes through each branch; the outputs follow one another."""
+    """Every row of the batch goes through each branch; the outputs follow one another.
+
+    Inside of other blocks it repeats all of the setup that it stands in: ``Stack("a",
+    Parallel("b", "c"))`` is ``Parallel(Stack("a", "b"), Stack("a", "c"))``.
+    """
+
+    __slots__ = ()
 
 
 class BatchSplit(Block):
@@ -219,16 +249,20 @@ class Rows(Block):
     """Each row of the batch goes its own way: ``Rows(["a", None, "b"])``; None is the bare model.
 
     Args:
-        rows: For each row an adapter name, a Stack, or None.
+        rows: For each row a setup of its own: a name, a block, or None.
     """
 
     __slots__ = ()
 
     def __init__(self, rows: Iterable[Setup]) -> None:
+        if isinstance(rows, (str, Block)) or not hasattr(rows, "__iter__"):
+            raise CompositionError(
+                f"Rows takes a list with something for each row of the batch, not {rows!r}."
+            )
         super().__init__(*rows)
 
-    def _child(self, child: Setup) -> Child:
-        return None if child is None else super()._child(child)
+    def __repr__(self) -> str:
+        return f"Rows({list(self.children)!r})"
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (list(self.children),)
@@ -245,9 +279,6 @@ class MultiTask(Block):
     """
 
     __slots__ = ()
-
-    def _child(self, child: Setup) -> Child:
-        return None if child is None else super()._child(child)
 
     def ids(self, rows: Iterable[Setup]) -> list[int]:
         """The numbers of tasks, given what stands for each, for ``torch.tensor``.
@@ -285,8 +316,8 @@ def _rebuild(kind: type[Block], children: tuple[Child, ...], fields: dict[str, A
 def _sizes(block: Block, field: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
     """One size for each branch of a block."""
     count = len(block.children)
-    each = [sizes] * count if isinstance(sizes, int) else list(sizes)
-    if len(each) != count or any(size < 0 for size in each):
+    each: list[Any] = [sizes] * count if isinstance(sizes, int) else list(sizes)
+    if len(each) != count or not all(isinstance(size, int) and size >= 0 for size in each):
         raise CompositionError(
             f"{type(block).__name__} has {count} branches but {field}={sizes!r}; "
             "give one number, or one for each branch."
@@ -294,13 +325,15 @@ def _sizes(block: Block, field: str, sizes: int | Sequence[int]) -> tuple[int, .
     return tuple(each)
 
 
-def _last(child: Child, inside: Block) -> str:
+def _last(child: Child, place: str) -> str:
     if isinstance(child, str):
         return child
     if isinstance(child, Stack):
-        return _last(child.children[-1], inside)
+        return _last(child.children[-1], f"{place} > Stack[{len(child) - 1}]")
     raise CompositionError(
-        f"{child!r} cannot stand inside {type(inside).__name__}; a name or a Stack can."
+        f"{place}: {child!r} cannot stand inside Fuse here; a name can, or a Stack that ends in "
+        f"one. AdapterFusion learns one attention over named adapters, so put the Fuse inside of "
+        f"{type(child).__name__} instead."
     )
 
 
