@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flexheads import BatchSplit, LoRAConfig, Parallel, Rows
-from flexheads.methods.lora_bank import LowRankBank
+from flexheads.sites.banks import ChainBank
 from flexheads.sites.linear import LinearOp
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
@@ -57,7 +57,7 @@ CHAINS = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_every_row_gets_what_its_adapter_gives_alone(model: Any, name: str) -> None:
     setup = SETUPS[name]()
-    assert all(isinstance(bank, LowRankBank) for bank in banks(model, setup))
+    assert all(isinstance(bank, ChainBank) for bank in banks(model, setup))
     with torch.no_grad():
         together = hidden(model, setup)
         for row, alone in enumerate(CHAINS[name]):

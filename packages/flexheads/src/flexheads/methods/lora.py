@@ -23,11 +23,11 @@ from flexheads.methods.lora_parts import (
     Anchored,
     Delta,
     LowRank,
-    MultiTask,
     Projections,
     Scaling,
     Vectors,
 )
+from flexheads.methods.mtl_lora import MultiTask
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.projection import Projection

@@ -1,51 +1,48 @@
-"""Low-rank adapters of one shape, each for some rows of a batch, as one product."""
+"""Low-rank and scaling adapters of one shape, each for some rows of a batch, as one product."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from flexheads.sites.banks import Bank
+from flexheads.sites.projection import Projection
+from flexheads.sites.rows import Chosen
+
 if TYPE_CHECKING:
-    from flexheads.methods.lora_parts import LowRank
+    from flexheads.methods.lora_parts import Delta, Scaling
 
 
-class LowRankBank:
-    """Low-rank parts of one shape, each for some rows, as two batched products.
+class DeltaBank(Bank["Delta"]):
+    """Changes of a weight as two batched products with their factors; see `Delta.factors`."""
 
-    The factors are stacked in every call, which costs less than one product with them; so there is
-    no copy that could grow old.
-
-    Args:
-        parts: The part of each chain; None for a chain that does nothing here.
-    """
-
-    def __init__(self, parts: Sequence[LowRank | None]) -> None:
-        first = next(part for part in parts if part is not None)
-        # A chain that does nothing here borrows a part, and counts it not at all.
-        self.parts = [first if part is None else part for part in parts]
-        self.factors = [0.0 if part is None else part.scaling for part in parts]
-        self.alike = len(set(self.factors)) == 1
-
-    def __call__(self, hidden: Tensor, output: Tensor, chain_of_row: Tensor) -> Tensor | None:
-        """The new result of every row; see `flexheads.sites.linear.Bank`."""
-        if not all(map(_at_hand, self.parts)):
-            return None
-        first = self.parts[0]
+    def __call__(self, chosen: Chosen, *args: object) -> Tensor:
+        """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""
+        hidden, output, projection = args
+        assert isinstance(hidden, Tensor)
+        assert isinstance(output, Tensor)
+        assert isinstance(projection, Projection)
+        first = self.first
         dropped = first.dropout(hidden.to(first.dtype))
-        down = torch.stack([part.lora_A for part in self.parts]).index_select(0, chain_of_row)
-        up = torch.stack([part.lora_B for part in self.parts]).index_select(0, chain_of_row)
+        down = self.stacked(lambda part: part.factors()[0], chosen)
+        up = self.stacked(lambda part: part.factors()[1], chosen)
         inner = torch.bmm(dropped, down.transpose(1, 2))
-        factor: Tensor | float = self.factors[0]
-        if not self.alike:
-            factor = inner.new_tensor(self.factors)[chain_of_row].view(-1, 1, 1)
-        change = torch.bmm(inner * factor, up.transpose(1, 2))
-        return output + change.to(output.dtype)
+        factor = self.factors(lambda part: part.scaling, chosen, inner)
+        change = torch.bmm(inner * factor, up.transpose(1, 2)).to(output.dtype)
+        if first.m is None:
+            return output + change
+        ratio = self.stacked(lambda part: part.ratio(projection), chosen, otherwise=1.0)
+        return first.turned(output, change, ratio.unsqueeze(1), projection)
 
 
-def _at_hand(part: LowRank) -> bool:
-    """Whether a part's factors can be used without calling it: nothing hooks or offloads it."""
-    hooked = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-    return not hooked and part.lora_A.device.type != "meta"
+class ScalingBank(Bank["Scaling"]):
+    """Vectors that scale the result of a projection."""
+
+    def __call__(self, chosen: Chosen, *args: object) -> Tensor:
+        """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""
+        output = args[1]
+        assert isinstance(output, Tensor)
+        scale = self.stacked(lambda part: part.lora_B.view(-1) * part.scaling, chosen, 1.0)
+        return output * scale.unsqueeze(1).to(output.dtype)

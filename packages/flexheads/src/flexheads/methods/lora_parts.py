@@ -16,9 +16,9 @@ from torch.nn import functional
 from flexheads.errors import UnsupportedError
 from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
-from flexheads.methods.lora_bank import LowRankBank
-from flexheads.methods.lora_configs import LoRAConfig, MTLLoRAConfig
-from flexheads.sites.linear import Bank, LinearPart
+from flexheads.methods.lora_bank import DeltaBank, ScalingBank
+from flexheads.methods.lora_configs import LoRAConfig
+from flexheads.sites.linear import LinearPart
 from flexheads.sites.projection import Projection
 
 Folded = tuple[Tensor, Tensor | None]
@@ -28,9 +28,12 @@ Folded = tuple[Tensor, Tensor | None]
 class _Gated(LinearPart):
     """What additive and scaling parts share: the gate, or else the scaling."""
 
+    own_dtype: str | None = None
+
     def __init__(self, in_features: int, config: LoRAConfig) -> None:
         super().__init__()
-        self.own_dtype = config.dtype
+        if config.dtype is not None:
+            self.own_dtype = config.dtype
         self.scaling = config.scaling
         self.gate = new_gate(in_features) if config.use_gating else None
 
@@ -74,6 +77,10 @@ class Scaling(_Gated):
         """Maps the projection's input and result to the new result."""
         scale = self.lora_B.view(-1) * self.factor(hidden.to(self.lora_B.dtype))
         return output * scale.to(output.dtype)
+
+    def bank(self, parts: Sequence[LinearPart | None]) -> ScalingBank | None:
+        alike = all(p is None or (type(p) is Scaling and p.gate is None) for p in parts)
+        return ScalingBank(parts) if alike and self.gate is None else None  # type: ignore[arg-type]
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> Folded:
         scale = (self.lora_B * self.scaling).to(weight.dtype)
@@ -120,7 +127,8 @@ class Delta(_Gated):
         super().__init__(projection.in_features, config)
         self.dropout = nn.Dropout(config.dropout)
         self.m = Magnitude(projection.weight) if config.use_dora else None
-        self.wants_own_result = config.use_dora
+        if config.use_dora:
+            self.wants_own_result = True
 
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
@@ -128,18 +136,41 @@ class Delta(_Gated):
         dropped = self.dropout(hidden) if self.training else hidden
         if self.m is None and self.gate is None:
             return self.add_to(output, dropped)
-        change = self.product(dropped) * self.factor(hidden)
+        change = (self.product(dropped) * self.factor(hidden)).to(output.dtype)
         if self.m is None:
-            return output + change.to(output.dtype)
-        ratio = self.m.over(self._norm_of(projection.weight)).to(output.dtype)
-        bias = projection.bias
-        bare = output if bias is None else output - bias
-        # Written so that a ratio of one leaves the result as it is, bit for bit.
-        return output + (ratio - 1) * bare + ratio * change.to(output.dtype)
+            return output + change
+        return self.turned(output, change, self.ratio(projection), projection)
 
     def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
         """``y + scaling * D x``."""
         return output + (self.product(hidden) * self.scaling).to(output.dtype)
+
+    def ratio(self, projection: Projection) -> Tensor:
+        """``m / ||W + scaling * D||`` for each output, ``(out,)``, of a part with a magnitude."""
+        assert self.m is not None
+        return self.m.over(self._norm_of(projection.weight))
+
+    @staticmethod
+    def turned(output: Tensor, change: Tensor, ratio: Tensor, projection: Projection) -> Tensor:
+        """The projection's result and what is added to it, times that ratio."""
+        ratio, bias = ratio.to(output.dtype), projection.bias
+        bare = output if bias is None else output - bias
+        # Written so that a ratio of one leaves the result as it is, bit for bit.
+        return output + (ratio - 1) * bare + ratio * change
+
+    def bank(self, parts: Sequence[LinearPart | None]) -> DeltaBank | None:
+        alike = all(part is None or self._is_alike(part) for part in parts)
+        return DeltaBank(parts) if alike else None  # type: ignore[arg-type]
+
+    def _is_alike(self, part: LinearPart) -> bool:
+        """Whether another part differs in its numbers only, so that both can be one product."""
+        return (
+            type(part) is type(self)
+            and self.gate is None is part.gate
+            and (self.m is None) == (part.m is None)
+            and part.dropout.p == self.dropout.p
+            and all(a.shape == b.shape for a, b in zip(part.factors(), self.factors(), strict=True))
+        )
 
     @torch.no_grad()
     def _norm_of(self, weight: Tensor) -> Tensor:
@@ -163,9 +194,14 @@ class Delta(_Gated):
         """``D x``."""
         raise NotImplementedError
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``(r, in)`` and ``(out, r)``: the second times the first is ``D``."""
+        raise NotImplementedError
+
     def delta(self) -> Tensor:
         """``D``, ``(out, in)``."""
-        raise NotImplementedError
+        down, up = self.factors()
+        return up @ down
 
     def origin(self, name: str) -> Tensor | float:
         if self.m is not None:
@@ -182,7 +218,7 @@ class LowRank(Delta):
     def __init__(self, projection: Projection, config: LoRAConfig) -> None:
         super().__init__(projection, config)
         self.lora_A = nn.Parameter(torch.empty(config.r, projection.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(projection.out_features, config.r))
+        self.lora_B = nn.Parameter(torch.empty(projection.out_features, config.r))
         draw(self.lora_A, self.lora_B, config.init_weights)
 
     def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
@@ -192,27 +228,11 @@ class LowRank(Delta):
         added = torch.addmm(output.flatten(0, -2), inner, self.lora_B.t(), alpha=self.scaling)
         return added.view(output.shape)
 
-    def bank(self, chains: Sequence[Sequence[LinearPart]]) -> Bank | None:
-        parts = [chain[0] if chain else None for chain in chains]
-        fitting = all(part is None or self._is_alike(part) for part in parts)
-        if not fitting or any(len(chain) > 1 for chain in chains):
-            return None
-        return LowRankBank(parts)  # type: ignore[arg-type]
-
-    def _is_alike(self, part: LinearPart) -> bool:
-        """Whether another part differs in its numbers only, so that both can be one product."""
-        return (
-            type(part) is LowRank is type(self)
-            and not any((part.gate, part.m, self.gate, self.m))
-            and part.lora_A.shape == self.lora_A.shape
-            and part.dropout.p == self.dropout.p
-        )
-
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
 
-    def delta(self) -> Tensor:
-        return self.lora_B @ self.lora_A
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self.lora_B
 
 
 class Anchored(LowRank):
@@ -247,8 +267,12 @@ class Anchored(LowRank):
         initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)
         return super().product(hidden) - initial
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        down = torch.cat([self.lora_A, self.initial_A])
+        return down, torch.cat([self.lora_B, -self.initial_B], dim=1)
+
     def delta(self) -> Tensor:
-        return super().delta() - self.initial_B @ self.initial_A
+        return self.lora_B @ self.lora_A - self.initial_B @ self.initial_A
 
     def origin(self, name: str) -> Tensor | float:
         super().origin(name)
@@ -318,10 +342,9 @@ class Vectors(Delta):
         inner = times(functional.linear(hidden, down), self.vera_D)
         return times(functional.linear(inner, up), self.vera_B)
 
-    def delta(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
         down, up = self.matrices
-        left = times(up.T, self.vera_B).T
-        return left @ times(down.T, self.vera_D).T
+        return times(down.T, self.vera_D).T, times(up.T, self.vera_B).T
 
 
 def times(hidden: Tensor, factor: Tensor) -> Tensor:
@@ -329,49 +352,10 @@ def times(hidden: Tensor, factor: Tensor) -> Tensor:
     return hidden * factor if factor.ndim == 1 else functional.linear(hidden, factor)
 
 
-class TaskMatrix(nn.Module):
-    """MTL-LoRA's matrix of a task: `values` is its diagonal ``(r,)``, or the whole ``(r, r)``."""
-
-    def __init__(self, config: MTLLoRAConfig) -> None:
-        super().__init__()
-        ones = torch.ones(config.r)
-        diagonal = config.task_specific_matrix_type == "singular_values"
-        self.values = nn.Parameter(ones if diagonal else ones.diag())
-
-
-class MultiTask(Delta):
-    """``D = sum_i w_i B_i T A`` (MTL-LoRA, arXiv:2410.09437, equations 3 to 5).
-
-    `lora_A` is ``(r, in)``; `lora_B` is ``(n, out, r)``; ``T`` is the task's own matrix; ``w`` is
-    the softmax of `weights`, ``(n,)``, over the sharpness.
-    """
-
-    def __init__(self, projection: Projection, config: MTLLoRAConfig) -> None:
-        super().__init__(projection, config)
-        count, out = config.n_up_projection, projection.out_features
-        self.lora_A = nn.Parameter(torch.empty(config.r, projection.in_features))
-        self.lora_B = nn.Parameter(torch.zeros(count, out, config.r))
-        draw(self.lora_A, self.lora_B, config.init_weights)
-        self.weights = nn.Parameter(torch.ones(count))
-        self.task_specific = TaskMatrix(config)
-        self.sharpness = config.weights_sharpness
-
-    @property
-    def up(self) -> Tensor:
-        """The weighted up-projection, ``(out, r)``."""
-        weights = (self.weights / self.sharpness).softmax(dim=0)
-        return (weights.view(-1, 1, 1) * self.lora_B).sum(dim=0)
-
-    def product(self, hidden: Tensor) -> Tensor:
-        inner = times(functional.linear(hidden, self.lora_A), self.task_specific.values)
-        return functional.linear(inner, self.up)
-
-    def delta(self) -> Tensor:
-        return self.up @ times(self.lora_A.T, self.task_specific.values).T
-
-
 def draw(down: Tensor, up: Tensor, kind: str) -> None:
     """Initialises the factors ``(r, in)`` and ``(out, r)`` of a product."""
+    if awaits_values():
+        return
     if kind == "bert":
         nn.init.normal_(down, std=0.02)
         nn.init.normal_(up, std=0.02)

@@ -80,24 +80,28 @@ class AttentionOp(NamedTuple):
         """The prefix of each row; shorter ones start later, and what is before does not count."""
         if self.rows is None:
             return Prefix(*_join(self.chains[0], hidden), None)
-        split, longest = self.rows.split(hidden), max(self.lengths)
+        split, present = self.rows.split(hidden), self.rows.present(hidden.shape[0])
+        lengths, longest = [self.lengths[number] for number in present], max(self.lengths)
         found = [
-            _join(chain, own) if length else None
-            for chain, own, length in zip(self.chains, split, self.lengths, strict=True)
+            _join(self.chains[number], own) if length else None
+            for number, own, length in zip(present, split, lengths, strict=True)
         ]
-        heads, _, size = next(f for f in found if f is not None)[0].shape[1:]
+        some = next((own for own in found if own is not None), None)
+        if some is None:  # the chains with a prefix have no rows
+            some = _join(next(c for c, n in zip(self.chains, self.lengths) if n), hidden[:0])
+        heads, _, size = some[0].shape[1:]
         both: list[Tensor] = []
         for which in (0, 1):
             padded = [
                 own.new_zeros(own.shape[0], heads, longest, size)
                 if pair is None
                 else functional.pad(pair[which], (0, 0, longest - length, 0))
-                for pair, own, length in zip(found, split, self.lengths, strict=True)
+                for pair, own, length in zip(found, split, lengths, strict=True)
             ]
             both.append(self.rows.merge(padded))
         if len(set(self.lengths)) == 1:
             return Prefix(both[0], both[1], None)
-        keeps = [prefix_keep(own, longest, n) for own, n in zip(split, self.lengths, strict=True)]
+        keeps = [prefix_keep(own, longest, n) for own, n in zip(split, lengths, strict=True)]
         return Prefix(both[0], both[1], self.rows.merge(keeps))
 
 

@@ -113,9 +113,9 @@ class Tokens:
         key = (first, last, *hidden.shape[:2], hidden.device)
         return self._once(key, lambda: self._edges(hidden, first, last))  # type: ignore[no-any-return]
 
-    def split(self, rows: RowMap) -> list[Tokens]:
-        """The tokens of the rows of each chain."""
-        return self._once(rows, lambda: self._split(rows))  # type: ignore[no-any-return]
+    def split(self, rows: RowMap, hidden: Tensor) -> list[Tokens]:
+        """The tokens of the rows of each chain, in a batch of which these are hidden states."""
+        return self._once(rows, lambda: self._split(rows, hidden))  # type: ignore[no-any-return]
 
     def _once(self, key: Hashable, find: Any) -> Any:
         if torch.compiler.is_compiling():  # compilers find equal work by themselves
@@ -124,9 +124,9 @@ class Tokens:
             self._found[key] = find()
         return self._found[key]
 
-    def _split(self, rows: RowMap) -> list[Tokens]:
+    def _split(self, rows: RowMap, hidden: Tensor) -> list[Tokens]:
         if self.real is None:
-            return [self] * len(rows.routing.chains)
+            return [self] * len(rows.present(hidden.shape[0]))
         return [Tokens(own, self.past) for own in rows.split(self.real)]
 
     def _edges(self, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,9 @@ class HiddenOp(NamedTuple):
         """Runs each chain on its rows."""
         if self.rows is None:
             return _run(self.chains[0], hidden, tokens)
-        own = zip(self.chains, self.rows.split(hidden), tokens.split(self.rows), strict=True)
-        return self.rows.merge([_run(*each) for each in own])
+        present = [self.chains[number] for number in self.rows.present(hidden.shape[0])]
+        split = self.rows.split(hidden), tokens.split(self.rows, hidden)
+        return self.rows.merge([_run(*each) for each in zip(present, *split, strict=True)])
 
 
 class AttachedHidden(AttachedSite):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import AttachedSite, run_chains
 from flexheads.sites.joining import undoing
 from flexheads.sites.projection import Projection
@@ -49,18 +50,13 @@ class LinearPart(nn.Module):
         """
         return output
 
-    def bank(self, chains: Sequence[Sequence[LinearPart]]) -> Bank | None:
-        """What runs the chains of different rows as one product; None where nothing can.
+    def bank(self, parts: Sequence[LinearPart | None]) -> Bank[Any] | None:
+        """What runs parts of different rows as one product; None where nothing can.
 
         Args:
-            chains: The parts of each chain; the first part of all is this one.
+            parts: The part of each chain, this one among them, or None.
         """
         return None
-
-
-Bank = Callable[[Tensor, Tensor, Tensor], Tensor | None]
-"""From a projection's input and result, ``(batch, sequence, ...)``, and the number of each row's
-chain, ``(batch,)``, to its new result; None where the chains have to run one by one after all."""
 
 
 class LinearOp(NamedTuple):
@@ -72,7 +68,7 @@ class LinearOp(NamedTuple):
     """Whether some part changes the input."""
     plain: bool = False
     """Whether one chain does all there is to do, on the module's whole result as it is."""
-    bank: Bank | None = None
+    bank: ChainBank | None = None
     """What runs all chains as one product, where their parts are of one shape."""
 
     def for_chain(self, chain: int) -> LinearOp:
@@ -133,10 +129,9 @@ class AttachedLinear(AttachedSite):
     def op(self, chains: Sequence[Sequence[LinearPart]], rows: RowMap | None) -> LinearOp:
         enters = any(part.changes_input for chain in chains for part in chain)
         plain = rows is None and not self.folded and self.projection.columns is None
-        bank = None
-        if rows is not None and not enters:
-            bank = next(part for chain in chains for part in chain).bank(chains)
-        return LinearOp(tuple(_beside(chain) for chain in chains), rows, enters, plain, bank)
+        own = tuple(_beside(chain) for chain in chains)
+        bank = None if rows is None or enters else chain_bank(own, changed=1)
+        return LinearOp(own, rows, enters, plain, bank)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op = self._planned()
@@ -165,7 +160,8 @@ class AttachedLinear(AttachedSite):
         """The new result of all rows by one product; None where that cannot be."""
         if op.bank is None or op.rows is None or hidden.dim() != 3:
             return None
-        return op.bank(hidden, own, op.rows.chain_of_row(hidden.shape[0], hidden.device))
+        together: Tensor | None = op.bank(op.rows, hidden, hidden, own, self.projection)
+        return together
 
     def _run(self, parts: Sequence[LinearPart], hidden: Tensor, output: Tensor) -> Tensor:
         for part in parts:

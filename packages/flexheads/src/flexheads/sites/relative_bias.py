@@ -82,8 +82,9 @@ class RelativeBias:
             bias = self._run(_ALL, query, key, args, kwargs)
         else:
             heads = self.host.num_attention_heads
-            split = zip(_cut(rows, query, heads), _cut(rows, key, heads), strict=True)
-            parts = [self._run(n, *own, args, kwargs) for n, own in enumerate(split)]
+            present = rows.present(query.shape[0] // heads)
+            split = zip(present, _cut(rows, query, heads), _cut(rows, key, heads), strict=True)
+            parts = [self._run(*own, args, kwargs) for own in split]
             bias = rows.merge([_by_head(part, heads) for part in parts]).flatten(0, 1)
         return functional.pad(bias, (length, 0)) if isinstance(bias, Tensor) else bias
 

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from flexheads.routing import Routing
+from flexheads.sites.runtime import Runtime
+
+
+class Chosen(NamedTuple):
+    """Which of the chains have rows, and which of them each row follows.
+
+    Attributes:
+        present: The numbers of these chains, in order.
+        places: For each row a place in `present`, ``(batch,)``; None where each has one row, in
+            that order.
+    """
+
+    present: Sequence[int]
+    places: Tensor | None
+
+    def by_row(self, each: Tensor) -> Tensor:
+        """For each row what belongs to its chain: ``(present, ...)`` to ``(batch, ...)``."""
+        return each if self.places is None else each.index_select(0, self.places)
+
+
+class RowMap(Protocol):
+    """The rows of each chain, for tensors whose first dimension is the batch."""
+
+    def present(self, batch: int) -> Sequence[int]:
+        """The numbers of the chains that `split` gives rows for, in a batch of so many rows."""
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each chain that is present: ``(batch, ...)`` to ``(its rows, ...)``."""
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+
+    def chosen(self, batch: int, device: torch.device) -> Chosen:
+        """The chain of each row, to pick weights by."""
 
 
 class _Order(NamedTuple):
@@ -17,7 +51,7 @@ class _Order(NamedTuple):
     Attributes:
         there: The rows in the order of their chains.
         back: The inverse.
-        sizes: Rows of each chain.
+        sizes: Rows of each chain that has any.
     """
 
     there: Tensor
@@ -25,8 +59,8 @@ class _Order(NamedTuple):
     sizes: list[int]
 
 
-class RowMap:
-    """The rows of one routing, for tensors whose first dimension is the batch.
+class KnownRows:
+    """Rows that are known before the call.
 
     Args:
         routing: A routing with more than one chain, or with rows named one by one.
@@ -34,36 +68,47 @@ class RowMap:
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
+        self._present: dict[int, list[int]] = {}
         self._orders: dict[torch.device, _Order] = {}
-        self._chains: dict[tuple[int, torch.device], Tensor] = {}
+        self._chosen: dict[tuple[int, torch.device], Chosen] = {}
+
+    def present(self, batch: int) -> Sequence[int]:
+        found = self._present.get(batch)
+        if found is None:
+            rows = self.routing.rows(batch)
+            found = [n for n, own in enumerate(rows) if len(_numbers(own, batch))]
+            if not torch.compiler.is_compiling():  # made while tracing, it must not outlive that
+                self._present[batch] = found
+        return found
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """The rows of each chain: ``(batch, ...)`` to a list of ``(rows of the chain, ...)``."""
-        rows = self.routing.rows(tensor.shape[0])
+        batch = tensor.shape[0]
         if self.routing.index is None:
-            return [tensor[own] for own in rows]
+            rows = self.routing.rows(batch)
+            return [tensor[rows[number]] for number in self.present(batch)]
+        self.present(batch)  # refuses another number of rows
         order = self._order(tensor.device)
         return list(torch.split(tensor.index_select(0, order.there), order.sizes))
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of `split`."""
         merged = torch.cat(list(parts))
         if self.routing.index is None:
             return merged
         return merged.index_select(0, self._order(merged.device).back)
 
-    def chain_of_row(self, batch: int, device: torch.device) -> Tensor:
-        """The number of each row's chain, ``(batch,)``."""
+    def chosen(self, batch: int, device: torch.device) -> Chosen:
         key = (batch, device)
-        found = self._chains.get(key)
+        found = self._chosen.get(key)
         if found is None:
-            numbers = [0] * batch
-            for chain, rows in enumerate(self.routing.rows(batch)):
-                for row in range(batch)[rows] if isinstance(rows, slice) else rows:
-                    numbers[row] = chain
-            found = _constant(numbers, device)
-            if not torch.compiler.is_compiling():  # what is made while tracing must not outlive it
-                self._chains[key] = found
+            present, places = self.present(batch), [0] * batch
+            rows = self.routing.rows(batch)
+            for place, number in enumerate(present):
+                for row in _numbers(rows[number], batch):
+                    places[row] = place
+            as_they_are = places == list(range(len(present)))
+            found = Chosen(present, None if as_they_are else _constant(places, device))
+            if not torch.compiler.is_compiling():
+                self._chosen[key] = found
         return found
 
     def _order(self, device: torch.device) -> _Order:
@@ -72,11 +117,81 @@ class RowMap:
             index = self.routing.index or ()
             order = sorted(range(len(index)), key=index.__getitem__)
             back = sorted(range(len(order)), key=order.__getitem__)
-            sizes = [index.count(chain) for chain in range(len(self.routing.chains))]
+            sizes = [index.count(number) for number in self.present(len(index))]
             found = _Order(_constant(order, device), _constant(back, device), sizes)
             if not torch.compiler.is_compiling():
                 self._orders[device] = found
         return found
+
+
+class TensorRows:
+    """Rows that nothing but a tensor tells, so that compiled code serves all of its values.
+
+    Every chain sees all rows, and each row keeps what its own chain gives. Where parts have a bank,
+    nothing is computed in vain, see `flexheads.sites.banks`.
+
+    Args:
+        index: The chain of each row, ``(batch,)``.
+        chains: How many chains there are.
+    """
+
+    def __init__(self, index: Tensor, chains: int) -> None:
+        self.index, self.chains = index, chains
+
+    def present(self, batch: int) -> Sequence[int]:
+        return range(self.chains)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor] * self.chains
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        whole = torch.stack(list(parts))
+        batch = whole.shape[1]
+        return whole[self.index.to(whole.device), torch.arange(batch, device=whole.device)]
+
+    def chosen(self, batch: int, device: torch.device) -> Chosen:
+        return Chosen(range(self.chains), self.index.to(device))
+
+
+class RowsOfCall:
+    """The rows that the plan of the running call tells, for operations that serve any rows."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    @property
+    def _rows(self) -> RowMap:
+        rows: RowMap = self.runtime.current().rows
+        return rows
+
+    def present(self, batch: int) -> Sequence[int]:
+        return self._rows.present(batch)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        return self._rows.split(tensor)
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        return self._rows.merge(parts)
+
+    def chosen(self, batch: int, device: torch.device) -> Chosen:
+        return self._rows.chosen(batch, device)
+
+
+def row_map(routing: Routing, runtime: Runtime) -> RowMap | None:
+    """The rows of a plan's operations; None where all follow one chain.
+
+    Args:
+        routing: The routing of the plan.
+        runtime: Knows the plan of the running call.
+    """
+    if routing.single:
+        return None
+    any_rows = routing.index is not None or routing.tasks is not None
+    return RowsOfCall(runtime) if any_rows else KnownRows(routing)
+
+
+def _numbers(rows: list[int] | slice, batch: int) -> Sequence[int]:
+    return range(batch)[rows] if isinstance(rows, slice) else rows
 
 
 def _constant(numbers: Sequence[int], device: torch.device) -> Tensor:
