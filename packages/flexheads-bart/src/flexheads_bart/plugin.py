@@ -58,6 +58,7 @@ BART = ArchitectureSpec(
     layers=(ENCODER, DECODER),
     norms=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
     pooling="eos",
+    shares_layers=True,
     adapterhub={"embeddings": "encoder"},
     tiny={
         "d_model": 32,

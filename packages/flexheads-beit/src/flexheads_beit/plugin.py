@@ -41,6 +41,7 @@ BEIT = ArchitectureSpec(
     pooling="pooler",
     pooler=True,
     fixed_positions_if=("use_relative_position_bias", "use_shared_relative_position_bias"),
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -81,6 +81,7 @@ VISION = ArchitectureSpec(
     inputs="pixels",
     pooling="pooler",
     pooler=True,
+    shares_layers=True,
     adapterhub={"embeddings": "vision_model"},
     tiny=_VISION_SIZES,
 )

@@ -44,6 +44,7 @@ DEBERTA_V2 = ArchitectureSpec(
     layers=(_V2_LAYERS,),
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -40,6 +40,7 @@ DINOV2 = ArchitectureSpec(
     inputs="pixels",
     pooling="first_token",
     pooler=True,
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

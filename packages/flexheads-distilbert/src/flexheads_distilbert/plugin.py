@@ -42,6 +42,7 @@ DISTILBERT = ArchitectureSpec(
     ),
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
+    shares_layers=True,
     tiny={
         "dim": 32,
         "n_layers": 2,

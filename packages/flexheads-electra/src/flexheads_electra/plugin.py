@@ -42,6 +42,7 @@ ELECTRA = ArchitectureSpec(
     ),
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
+    shares_layers=True,
     tiny={
         "embedding_size": 16,
         "hidden_size": 32,

@@ -27,6 +27,7 @@ ENCODER_DECODER = ArchitectureSpec(
     pooling=None,
     # Prompts are for one model; the two sides would have to be told of them by different names.
     fixed_positions_if=("encoder",),
+    shares_layers=True,
     tiny={
         "encoder": _SIDE,
         "decoder": {**_SIDE, "is_decoder": True, "add_cross_attention": True},

@@ -40,6 +40,7 @@ ESM = ArchitectureSpec(
     norms=("encoder.emb_layer_norm_after",),
     pooling="first_token",
     pooler=True,
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -36,6 +36,7 @@ EUROBERT = ArchitectureSpec(
     ),
     norms=("norm",),
     pooling="first_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -76,6 +76,7 @@ GEMMA = ArchitectureSpec(
     norms=("norm",),
     pooling="last_token",
     # With tied embeddings so scaled, random weights write one token again and again.
+    shares_layers=True,
     tiny={**_TINY, "tie_word_embeddings": False},
 )
 GEMMA2 = dataclasses.replace(

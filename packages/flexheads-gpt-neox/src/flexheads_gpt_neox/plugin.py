@@ -49,6 +49,7 @@ GPT_NEOX = ArchitectureSpec(
     ),
     norms=("final_layer_norm",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -43,6 +43,7 @@ GPT2 = ArchitectureSpec(
     ),
     norms=("ln_f",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "n_embd": 32,
         "n_layer": 2,

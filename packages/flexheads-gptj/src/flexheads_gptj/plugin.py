@@ -37,6 +37,7 @@ GPTJ = ArchitectureSpec(
     ),
     norms=("ln_f",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "n_embd": 32,
         "n_layer": 2,

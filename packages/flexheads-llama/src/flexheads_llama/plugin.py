@@ -42,6 +42,7 @@ LLAMA = ArchitectureSpec(
     ),
     norms=("norm",),
     pooling="last_token",
+    shares_layers=True,
     prefixes=("transformer",),
     tiny={
         "hidden_size": 32,

@@ -42,6 +42,7 @@ MISTRAL = ArchitectureSpec(
     ),
     norms=("norm",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -45,6 +45,7 @@ MODERNBERT = ArchitectureSpec(
     norms=("embeddings.norm", "final_norm"),
     pooling="first_token",
     prompts="tokens",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

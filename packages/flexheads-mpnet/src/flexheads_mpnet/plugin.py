@@ -41,6 +41,7 @@ MPNET = ArchitectureSpec(
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
     pooler=True,
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

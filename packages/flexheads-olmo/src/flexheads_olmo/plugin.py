@@ -44,6 +44,7 @@ OLMO = ArchitectureSpec(
     embeddings="embed_tokens",
     layers=(_LAYERS,),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -39,6 +39,7 @@ OPT = ArchitectureSpec(
     norms=("decoder.final_layer_norm",),
     pooling="last_token",
     # The one with 350 million parameters normalises behind each sub-layer, and has no last norm.
+    shares_layers=True,
     requires={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
     tiny={
         "hidden_size": 32,

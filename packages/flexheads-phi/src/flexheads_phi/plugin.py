@@ -40,6 +40,7 @@ PHI = ArchitectureSpec(
     ),
     norms=("final_layernorm",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -86,6 +87,7 @@ PHI3 = ArchitectureSpec(
     ),
     norms=("norm",),
     pooling="last_token",
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

@@ -24,6 +24,7 @@ def _qwen(name: str, prefix: str, **tiny: int) -> ArchitectureSpec:
         layers=(_LAYERS,),
         norms=("norm",),
         pooling="last_token",
+        shares_layers=True,
         prefixes=("transformer",),
         tiny={**_TINY, **tiny},
     )

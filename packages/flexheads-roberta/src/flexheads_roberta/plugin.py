@@ -44,6 +44,7 @@ ROBERTA = ArchitectureSpec(
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
     pooler=True,
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

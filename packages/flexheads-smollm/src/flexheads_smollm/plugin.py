@@ -37,6 +37,7 @@ SMOLLM3 = ArchitectureSpec(
     ),
     norms=("norm",),
     pooling="last_token",
+    shares_layers=True,
     prefixes=("transformer",),
     tiny={
         "hidden_size": 32,

@@ -40,6 +40,7 @@ SWIN = ArchitectureSpec(
     first_patch=0,
     pooling="pooler",
     pooler=True,
+    shares_layers=True,
     tiny={
         "embed_dim": 32,
         "depths": [2, 2],

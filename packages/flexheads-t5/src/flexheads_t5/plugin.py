@@ -65,6 +65,7 @@ T5 = ArchitectureSpec(
     norms=("encoder.final_layer_norm", "decoder.final_layer_norm"),
     pooling="eos",
     scaled_if=("scale_decoder_outputs", "tie_word_embeddings"),
+    shares_layers=True,
     adapterhub={"embeddings": "encoder"},
     tiny={
         "d_model": 32,

@@ -43,6 +43,7 @@ VIT = ArchitectureSpec(
     inputs="pixels",
     pooling="first_token",
     pooler=True,
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,

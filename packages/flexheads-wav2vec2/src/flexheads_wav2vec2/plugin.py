@@ -51,6 +51,7 @@ WAV2VEC2 = ArchitectureSpec(
     inputs="waveform",
     pooling="mean",
     fixed_positions_if=("conv_dim",),  # masks are made of samples, where no prompt has any
+    shares_layers=True,
     tiny={
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -92,6 +93,7 @@ WAVLM = replace(
     model_types=("wavlm",),
     backbone="transformers.models.wavlm.modeling_wavlm:WavLMModel",
     layers=tuple(replace(layers, **_NO_ATTENTION) for layers in WAV2VEC2.layers),
+    shares_layers=False,  # they hand on a bias with the rows and heads in one dimension
 )
 
 _ONE_LAYER = {"layers": 1, "activation_function": None}

@@ -62,6 +62,7 @@ WHISPER = ArchitectureSpec(
     inputs="features",
     pooling="last_token",
     fixed_positions_if=("max_source_positions",),
+    shares_layers=True,
     adapterhub={"embeddings": "encoder"},
     tiny={
         "d_model": 32,

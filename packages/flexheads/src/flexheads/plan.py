@@ -38,6 +38,8 @@ class Plan:
         skip_layers: Numbers of layers in which nothing acts.
         rows: What cuts a batch by the rows of one call (a `flexheads.sites.rows.RowMap`), for
             operations that serve any rows; None where there are none.
+        repeat_at: The layer before which rows are repeated for `Parallel`, whose branches are alike
+            in all layers before; None where that is done with the inputs of the model.
     """
 
     setup: Block | None = None
@@ -46,6 +48,7 @@ class Plan:
     ops: Mapping[str, Any] = field(default_factory=dict)
     skip_layers: tuple[int, ...] = ()
     rows: Any = None
+    repeat_at: int | None = None
 
     def rows_of(self, route: HeadRoute, batch: int) -> list[int] | slice | None:
         """The rows that a head sees in a batch of `batch` rows (already repeated); None is all.

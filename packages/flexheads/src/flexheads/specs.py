@@ -175,6 +175,10 @@ class ArchitectureSpec:
             positions up by their number in the input, so that no prompt can join.
         scaled_if: The attribute of the configuration (or alternatives) that says whether
             language-model heads read the hidden states over the square root of their size.
+        shares_layers: Whether branches of `Parallel` can share the layers below the first one in
+            which they differ: each layer is called once, one behind the other, and what depends on
+            rows between the first and the last of them has the batch as its first dimension. The
+            checks for architectures try it.
         prefixes: Names under which classes with a static head hold the backbone, beside the
             backbone's own ``base_model_prefix``.
         requires: Attributes of the configuration, each with the value that these sites are for;
@@ -202,6 +206,7 @@ class ArchitectureSpec:
     prompts: Literal["embeddings", "tokens"] | None = None
     fixed_positions_if: tuple[str, ...] = ()
     scaled_if: Path | None = None
+    shares_layers: bool = False
     prefixes: tuple[str, ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     adapterhub: Mapping[str, str] = field(default_factory=dict)

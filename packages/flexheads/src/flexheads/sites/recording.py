@@ -28,6 +28,11 @@ def record(kind: str, part: nn.Module, scores: Tensor) -> None:
         noted.append((kind, part, scores.detach()))
 
 
+def listening() -> bool:
+    """Whether somebody listens in this thread."""
+    return _listener.noted is not None
+
+
 @contextmanager
 def recording() -> Iterator[Recorded]:
     """Listens to what parts note in this thread, inside the block."""

@@ -1,0 +1,268 @@
+"""Where rows are repeated for `Parallel`: before the first layer in which its branches differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.utils.generic import ModelOutput
+
+from flexheads.sites.base import CALL, Hooks, argument_names, first_argument
+from flexheads.sites.joining import undoing
+from flexheads.sites.recording import listening
+from flexheads.sites.runtime import ONCE, Runtime
+
+REPEAT = "repeat"
+"""Stands for the address of these hooks, which belong to no site."""
+
+WITHOUT_ROWS = ("cache_position", "head_mask")
+"""Inputs whose first dimension is not that of the batch, whatever its size."""
+
+_CALLED = "call"
+_CACHES = ("self_attention_cache", "cross_attention_cache")
+
+
+class Repeater:
+    """Runs the layers in which all branches of `Parallel` are alike on one copy of the batch.
+
+    The model's forward repeats its inputs, because heads read them too. Where the plan names a
+    layer, the backbone is given the first copy only, and every tensor with the rows of the batch is
+    repeated where that layer begins. What has been recorded of the layers before, hidden states,
+    attentions and a new cache, is repeated behind the backbone, so outputs are as ever.
+
+    A call that goes on from a cache repeats at the entry of the model: what its layers hold has the
+    rows of all branches already.
+
+    Hooks: ``call`` before and behind the backbone, and the number of a layer before that layer.
+
+    Args:
+        runtime: What is in force.
+        called: What is called with the backbone's inputs.
+        layers: The layers in the order in which they run; empty where branches cannot share them.
+        start: The first layer before which rows can be repeated. Beside an encoder that is the
+            first one of the decoder, whose masks need the rows of the encoder's result.
+        inside: Whether the model itself is another module, so that hooks at `called` run under the
+            plan of the call; otherwise the model calls `run`.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        called: nn.Module,
+        layers: Sequence[nn.Module],
+        start: int,
+        inside: bool,
+    ) -> None:
+        self.runtime, self.called, self.start, self.inside = runtime, called, start, inside
+        self.entries = [_Entry(runtime, number, layer) for number, layer in enumerate(layers)]
+        self.names = argument_names(type(called).forward)
+        self.skipped: int | None = None
+        self.live = False
+
+    def needed(self, first_layer: int | None) -> Hooks:
+        """The hooks that can be of use for an adapter.
+
+        Branches differ from the first layer on, unless what tells them apart begins higher up.
+
+        Args:
+            first_layer: The first layer in which it acts, or None.
+        """
+        if not first_layer or first_layer >= len(self.entries):
+            return frozenset()
+        numbers = map(str, range(max(first_layer, self.start), len(self.entries)))
+        return frozenset((REPEAT, hook) for hook in (_CALLED, *numbers))
+
+    def skip(self, layers: Sequence[int]) -> bool:
+        """Takes notice that nothing acts in some layers; tells whether that asks for more hooks.
+
+        Hooks that have been asked for once stay, because calls that rely on them may be running.
+        """
+        first = next(number for number in range(len(layers) + 1) if number not in layers)
+        if not self.needed(first) or (self.skipped is not None and self.skipped <= first):
+            return False
+        self.skipped = first
+        return True
+
+    def can_begin(self, layer: int) -> bool:
+        """Whether rows can be repeated before a layer; before the first one that gains nothing."""
+        return layer >= max(self.start, 1) and self.live and self.entries[layer].live
+
+    def register(self, hook: str) -> RemovableHandle:
+        """Registers the hook of that name."""
+        if hook != _CALLED:
+            return self.entries[int(hook)].register()
+        self.live, handles = True, []
+        if self.inside:  # in front of all others, which see the rows that the layers see
+            register = self.called.register_forward_pre_hook
+            handles = [
+                register(self._before, with_kwargs=True, prepend=True),
+                self.called.register_forward_hook(self._after, prepend=True),
+            ]
+        return undoing(handles, self._leave)
+
+    def _leave(self) -> None:
+        self.live = False
+
+    def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the forward of a model that is its own backbone, under the plan of the call."""
+        if not self.live or self.inside:
+            return forward(*args, **kwargs)
+        args, kwargs = self._before(self.called, args, kwargs) or (args, kwargs)
+        output = forward(*args, **kwargs)
+        changed = self._after(self.called, args, output)
+        return output if changed is None else changed
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Takes one copy of the inputs; None where the call repeats them at the model's entry."""
+        plan = self.runtime.entered()
+        if plan is None or plan.repeat_at is None or plan.routing.repeat == 1 or listening():
+            return None
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if given.get("past_key_values") is not None:
+            return None
+        whole = next((len(v) for name, v in given.items() if _has_rows(name, v)), 0)
+        once = whole // plan.routing.repeat
+        self.runtime.put(ONCE, Once(once, plan.routing.repeat))
+        return (), {
+            name: value[:once] if _has_rows(name, value) and len(value) == whole else value
+            for name, value in given.items()
+        }
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Repeats what the output has of the layers before; None where nothing is to be done."""
+        once: Once | None = self.runtime.take(ONCE)
+        return None if once is None else once.everywhere(output)
+
+
+class _Entry:
+    """The hook before one layer."""
+
+    def __init__(self, runtime: Runtime, number: int, layer: nn.Module) -> None:
+        self.runtime, self.number, self.layer = runtime, number, layer
+        self.names = argument_names(type(layer).forward)
+        self.live = False
+
+    def register(self) -> RemovableHandle:
+        """Registers the hook."""
+        self.live = True
+        handle = self.layer.register_forward_pre_hook(self.before, with_kwargs=True)
+        return undoing([handle], self._leave)
+
+    def _leave(self) -> None:
+        self.live = False
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Repeats what still has the rows of one copy."""
+        once: Once | None = self.runtime.peek(ONCE)
+        if once is None:
+            return None
+        plan = self.runtime.current()
+        if plan.repeat_at is None or self.number < plan.repeat_at:
+            return None
+        hidden = first_argument(args, kwargs)
+        if hidden.shape[0] == once.rows and (call := self.runtime.peek(CALL)) is not None:
+            self.runtime.put(CALL, once.noted(call))
+        names = (*self.names, *("",) * len(args))
+        return (
+            tuple(once.given(n, value, hidden) for n, value in zip(names, args, strict=False)),
+            {name: once.given(name, value, hidden) for name, value in kwargs.items()},
+        )
+
+
+class Once:
+    """Repeats the tensors that have the rows of one copy of the batch; others stay as they are.
+
+    Args:
+        rows: Rows of one copy.
+        times: How many copies there shall be.
+    """
+
+    def __init__(self, rows: int, times: int) -> None:
+        self.rows, self.times = rows, times
+        self.known: list[tuple[Tensor, Tensor]] = []
+
+    def given(self, name: str, value: Any, hidden: Tensor) -> Any:
+        """An argument of a layer.
+
+        Args:
+            name: Its name.
+            value: It; tensors may lie in tuples, lists and dictionaries.
+            hidden: The hidden states, which the layer is given too.
+        """
+        if isinstance(value, Tensor):
+            if value is hidden:  # used up at once, so not worth being kept
+                return self._tile(value) if value.shape[0] == self.rows else value
+            return self._kept(value) if self._has_rows(name, value) else value
+        if type(value) in (tuple, list):
+            return type(value)(self.given(name, inner, hidden) for inner in value)
+        if type(value) is dict:
+            return {key: self.given(name, inner, hidden) for key, inner in value.items()}
+        return value
+
+    def _has_rows(self, name: str, tensor: Tensor) -> bool:
+        """Whether the first dimension is that of the batch, and not just as large.
+
+        Numbers with one or two dimensions are tables of positions, which all rows share; and what
+        there is once may stay so, as it is for any batch.
+        """
+        if tensor.dim() < 2 or tensor.shape[0] != self.rows or name in WITHOUT_ROWS:
+            return False
+        if "mask" in name or "states" in name:
+            return True
+        return self.rows > 1 and (tensor.dim() > 2 or not tensor.is_floating_point())
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """A tensor repeated, once for all layers that are given the same."""
+        # What has gradients belongs to the layer that computes it anew with checkpointing.
+        if tensor.requires_grad or torch.compiler.is_compiling():
+            return self._tile(tensor)
+        for given, repeated in self.known:
+            if given is tensor:
+                return repeated
+        repeated = self._tile(tensor)
+        self.known.append((tensor, repeated))
+        return repeated
+
+    def noted(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What has been noted of a call's inputs, for sites behind; see `CallInputs`."""
+        found: dict[str, Any] = {}
+        for name, value in call.items():
+            if _has_rows(name, value) and len(value) == self.rows:
+                found[name] = self._tile(value)
+            elif name != "tokens":
+                found[name] = self.noted(value) if type(value) is dict else value
+        return found
+
+    def everywhere(self, value: Any) -> Any:
+        """An output in which every tensor with the rows of one copy has those of all."""
+        if isinstance(value, Tensor):
+            return self._tile(value) if value.dim() > 1 and len(value) == self.rows else value
+        if isinstance(value, ModelOutput):
+            return type(value)(**{name: self.everywhere(own) for name, own in value.items()})
+        if type(value) in (tuple, list):
+            return type(value)(self.everywhere(inner) for inner in value)
+        if value is not None:
+            self._cache(value)
+        return value
+
+    def _cache(self, cache: Any) -> None:
+        """Repeats the keys and values of a cache that was made in this call."""
+        for inner in filter(None, (getattr(cache, name, None) for name in _CACHES)):
+            self._cache(inner)
+        for layer in getattr(cache, "layers", ()):
+            layer.keys, layer.values = self.everywhere(layer.keys), self.everywhere(layer.values)
+
+    def _tile(self, tensor: Tensor) -> Tensor:
+        return tensor.repeat(self.times, *[1] * (tensor.dim() - 1))
+
+
+def _has_rows(name: str, value: Any) -> bool:
+    """Whether an input of the backbone is a tensor that has rows."""
+    return isinstance(value, Tensor) and value.dim() > 0 and name not in WITHOUT_ROWS
