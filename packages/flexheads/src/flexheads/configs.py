@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ class Config(Mapping[str, Any]):
         return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     @classmethod
+    @functools.cache  # for each class
     def _names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(cls))
 
@@ -93,8 +95,13 @@ class Config(Mapping[str, Any]):
             )
 
 
+_SIMPLE = frozenset({str, int, float, bool, type(None)})
+
+
 def plain(value: Any) -> Any:
     """Values as JSON knows them."""
+    if type(value) in _SIMPLE:
+        return value
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,6 +127,27 @@ class Layout:
     pooler: bool = True
     renamed: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, tuple[str, ...]]:
+        """The sites at each path, in order; several where one module computes several projections."""
+        found: dict[str, tuple[str, ...]] = {}
+        for site, path in self.paths.items():
+            found[path] = (*found.get(path, ()), site)
+        return found
+
+    def site_of(self, address: str) -> str:
+        """The site that a tensor's address belongs to.
+
+        Raises:
+            KeyError: If the model has none that does.
+        """
+        end = address.find(".")
+        while end > 0 and address[:end] not in self.paths:
+            end = address.find(".", end + 1)
+        if end < 0:
+            raise KeyError(address)
+        return address[:end]
 
     def below(self, key: str) -> str:
         """A tensor's key without the name of the backbone, wherever that hangs."""

@@ -63,7 +63,7 @@ def _replace_files(aside: Path, directory: Path) -> None:
     try:
         for name in sorted(os.listdir(aside)):
             if (directory / name).exists():
-                shutil.copy2(directory / name, kept / name)
+                _keep(directory / name, kept / name)
             os.replace(aside / name, directory / name)
             moved.append(name)
     except BaseException:
@@ -75,6 +75,14 @@ def _replace_files(aside: Path, directory: Path) -> None:
         raise
     finally:
         shutil.rmtree(kept, ignore_errors=True)
+
+
+def _keep(file: Path, kept: Path) -> None:
+    """Gives a file a second name, or a copy where the file system has no such names."""
+    try:
+        os.link(file, kept)
+    except OSError:
+        shutil.copy2(file, kept)
 
 
 def _umask() -> int:
@@ -105,9 +113,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors as safetensors."""
-    # Names that share one storage are written as separate tensors.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})
+    written: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        # Names that share one storage are written as separate tensors.
+        written[name] = own.clone() if storage in storages else own
+        storages.add(storage)
+    save_file(written, path, metadata={"format": "pt"})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.config import AdapterConfig
 from flexheads.plugins import registry
-from flexheads.sites.base import AttachedSite
+from flexheads.sites.base import AttachedSite, Hooks
 
 
 class AdapterMethod(ABC):
@@ -70,7 +70,12 @@ class AddressedModules(nn.Module):
 
     Args:
         parts: The modules by address; see `AdapterMethod.build`.
+
+    Attributes:
+        hooks: The hooks that it relies on, as the model has found out that it is in; None before.
     """
+
+    hooks: Hooks | None = None
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -81,13 +86,20 @@ class AddressedModules(nn.Module):
             for word in path:
                 if word not in parent._modules:
                     parent.add_module(word, nn.Module())
-                parent = parent.get_submodule(word)
+                parent = parent._modules[word]  # type: ignore[assignment]
             parent.add_module(last, part)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """The module at each site, by the site's address."""
-        return {address: self.get_submodule(address) for address in self._addresses}
+        return {address: self._at(address) for address in self._addresses}
+
+    def _at(self, address: str) -> Any:
+        """The module at an address; `get_submodule`, without what makes that slow."""
+        module: Any = self
+        for word in address.split("."):
+            module = module._modules[word]
+        return module
 
     def __len__(self) -> int:
         return len(self._addresses)
@@ -115,6 +127,13 @@ class Adapter(AddressedModules):
     ) -> None:
         super().__init__(parts)
         self.name, self.config, self.method = name, config, method
+        self._described = config, config.to_dict()
+
+    def described(self) -> dict[str, Any]:
+        """Its configuration as plain data; made once, so it must not be written to."""
+        if self._described[0] is not self.config:
+            self._described = self.config, self.config.to_dict()
+        return self._described[1]
 
 
 def is_shared(address: str) -> bool:
@@ -138,7 +157,10 @@ _FILLING: ContextVar[bool] = ContextVar("filling", default=False)
 
 @contextmanager
 def to_be_filled() -> Iterator[None]:
-    """Inside, what is built gets all its values from elsewhere at once, so none are computed."""
+    """Inside, what is built gets all its values from elsewhere at once, so none are computed.
+
+    A method that computes them all the same is right, only slower.
+    """
     token = _FILLING.set(True)
     try:
         yield
@@ -149,6 +171,22 @@ def to_be_filled() -> Iterator[None]:
 def awaits_values() -> bool:
     """Whether values that a method would compute are overwritten at once."""
     return _FILLING.get()
+
+
+def new_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer; where its values are overwritten at once, none are drawn."""
+    if not awaits_values():
+        return nn.Linear(in_features, out_features)
+    layer = _Undrawn(in_features, out_features)
+    layer.__class__ = nn.Linear
+    return layer
+
+
+class _Undrawn(nn.Linear):
+    """A linear layer whose values are whatever was in memory."""
+
+    def reset_parameters(self) -> None:
+        """Draws nothing."""
 
 
 def lacking(method: str, roles: Sequence[str]) -> UnsupportedError:
@@ -188,6 +226,8 @@ def check_layers(
     Raises:
         ConfigError: If there is one.
     """
+    if not (numbers := list(numbers)):
+        return
     layers = {str(site.layer) for site in sites.values() if site.layer is not None}
     if wrong := [number for number in numbers if str(number) not in layers]:
         raise ConfigError(

@@ -12,7 +12,14 @@ from transformers import PretrainedConfig
 
 from flexheads.activations import activation
 from flexheads.errors import ConfigError
-from flexheads.methods.base import AdapterMethod, check_layers, lacking, seeded
+from flexheads.methods.base import (
+    AdapterMethod,
+    awaits_values,
+    check_layers,
+    lacking,
+    new_linear,
+    seeded,
+)
 from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.invertible import build_coupling
@@ -80,6 +87,8 @@ class Bottleneck(ResidualPart):
         kind = self.config.init_weights
         if not isinstance(self.down, nn.Linear) or not isinstance(self.up, nn.Linear):
             return  # hypercomplex layers draw their own
+        if awaits_values():
+            return
         if kind == "mam_adapter":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         elif kind == "houlsby":
@@ -196,7 +205,7 @@ def _projections(
 ) -> tuple[nn.Module, nn.Module]:
     """The down-projection and the up-projection."""
     if not config.phm_layer:
-        return nn.Linear(width, size), nn.Linear(size, width)
+        return new_linear(width, size), new_linear(size, width)
     return (
         PhmLinear(width, size, "down", config, shared),
         PhmLinear(size, width, "up", config, shared),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -69,8 +69,9 @@ class NamedModules(nn.Module, Generic[ModuleT]):
 
     def values(self) -> tuple[ModuleT, ...]:
         """The modules, in order."""
-        return tuple(self[name] for name in self._names)
+        modules: dict[str, Any] = self._modules
+        return tuple([modules[key] for key in self._names.values()])
 
     def items(self) -> tuple[tuple[str, ModuleT], ...]:
         """Names and modules, in order."""
-        return tuple((name, self[name]) for name in self._names)
+        return tuple(zip(self._names, self.values(), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.plugins import registry
+from flexheads.sites.attach import Attachment
 from flexheads.sites.base import input_embeddings
 from flexheads.sites.finding import first
 from flexheads.specs import Spec
@@ -43,6 +45,8 @@ _ABOUT_FILES = (CheckpointError, CompositionError, ConfigError)
 
 class SavingMixin(AdapterModelMixin):
     """``save_adapter`` and ``load_adapter``, and what heads add to them."""
+
+    _known_layout: tuple[Attachment, Layout] | None = None
 
     def save_adapter(
         self,
@@ -164,10 +168,11 @@ class SavingMixin(AdapterModelMixin):
 
         Such a class has small layers for each language, which its configuration gives a size.
         """
-        has_layers = getattr(self.config, "adapter_attn_dim", None) is not None
+        if getattr(self.config, "adapter_attn_dim", None) is None:
+            return False
         names = inspect.signature(super().load_adapter).parameters  # type: ignore[misc]
         named = isinstance(path, str) and "/" not in path and not Path(path).is_dir()
-        return has_layers and "target_lang" in names and named
+        return "target_lang" in names and named
 
     # --- helpers ------------------------------------------------------------------------------
 
@@ -186,6 +191,13 @@ class SavingMixin(AdapterModelMixin):
         write_bundle(bundle, save_directory, self._layout(), format)
 
     def _layout(self) -> Layout:
+        """What files must know of this model, found out once."""
+        attachment = self._attachment
+        if self._known_layout is None or self._known_layout[0] is not attachment:
+            self._known_layout = attachment, self._new_layout()
+        return self._known_layout[1]
+
+    def _new_layout(self) -> Layout:
         attachment = self._attachment
         backbone = attachment.backbone
         return Layout(
@@ -257,6 +269,7 @@ def reading(source: str | Path | None) -> Iterator[None]:
         ) from error
 
 
+@functools.cache
 def library_version() -> str:
     """The installed version of flexheads."""
     try:

@@ -10,25 +10,24 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from flexheads.composition import Block, Fuse
+from flexheads.composition import Block
 from flexheads.errors import UnsupportedError
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import resolve
-from flexheads.routing import Chain, chain_of, route
 from flexheads.sites.attention import AttachedAttention
-from flexheads.sites.base import CALL, AttachedSite, compiled, input_embeddings
+from flexheads.sites.base import CALL, AttachedSite, Hooks, compiled, input_embeddings
 from flexheads.sites.call import CallInputs
-from flexheads.sites.combine import combine
 from flexheads.sites.composed import fitted, layer_width
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.finding import alternatives, find_layers, find_module, find_stack, first
 from flexheads.sites.hidden import AttachedHidden
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.output import AttachedOutput
+from flexheads.sites.planning import Planner
 from flexheads.sites.prompt import PROMPT, AttachedPrompt
 from flexheads.sites.relative_bias import share_projections
+from flexheads.sites.repeat import REPEAT, Repeater
 from flexheads.sites.residual import AttachedResidual, share_outputs
-from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.sites.tokens import AttachedTokens
 from flexheads.specs import ArchitectureSpec, LayerSpec, Path, ResidualSite
@@ -73,6 +72,7 @@ class Attachment:
         self.sites: dict[str, AttachedSite] = {}
         self.depth = 0
         self._handles: dict[tuple[str, str], RemovableHandle] = {}
+        self._needs: dict[Hooks, Hooks] = {}
         entry, owner = spec.entry, f"Architecture {spec.name!r}"
         self._called = backbone if entry is None else find_module(backbone, entry, owner)
         self._call = CallInputs(self.runtime, self._called, spec.layers)
@@ -86,6 +86,8 @@ class Attachment:
             for site in self.sites.values()
             if isinstance(site, AttachedResidual) and id(site.norm) in norms
         }
+        self.repeater = self._repeater()
+        self._planner = Planner(self.sites, self._norms, self.repeater)
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
 
     def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
@@ -124,6 +126,16 @@ class Attachment:
                 self._config_for(path).hidden_size,
             )
             yield AttachedOutput(f"norms.{number}", "norm", None, host, width, self.runtime)
+
+    def _repeater(self) -> Repeater:
+        """What lets branches of a setup share layers, where the architecture allows that."""
+        layers: list[nn.Module] = []
+        start = 0
+        for stack in self.spec.layers if self.spec.shares_layers else ():
+            start = len(layers)
+            layers += [layer for _, layer in find_layers(self.backbone, stack.path, "")]
+        inside = self.model is not self._called
+        return Repeater(self.runtime, self._called, layers, start, inside)
 
     def _config_for(self, path: Path) -> Any:
         """The configuration of the part of the model that a path leads into."""
@@ -266,33 +278,52 @@ class Attachment:
     def run(self, model: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a model's own forward; where it is its own backbone, prompts enter here."""
         prompt, forward = self.sites.get(PROMPT), functools.partial(forward, model)
-        if model is not self.backbone or not isinstance(prompt, AttachedPrompt):
+        if model is not self.backbone:
             return forward(*args, **kwargs)
-        return prompt.run(forward, args, kwargs)
+        if isinstance(prompt, AttachedPrompt):
+            forward = functools.partial(prompt.run, forward)
+        return self.repeater.run(forward, args, kwargs)
 
-    def sync(self, adapters: Iterable[Mapping[str, nn.Module]]) -> None:
-        """Registers the hooks that these adapters rely on and removes all others.
+    def hooks_for(self, parts: Mapping[str, nn.Module]) -> Hooks:
+        """The hooks that an adapter relies on.
 
         Args:
-            adapters: The parts of each adapter, by address.
+            parts: Its parts, by address.
+        """
+        needed = frozenset(
+            ("" if hook.partition(".")[0] == CALL else address, hook)
+            for address, part in parts.items()
+            for hook in (*self.sites[address].needed(part), *self.sites[address].folding)
+        )
+        layers = [n for address in parts if (n := self.sites[address].layer) is not None]
+        needed |= self.repeater.needed(min(layers, default=None))
+        # Adapters of one kind have one and the same value, which is quickly told from others.
+        return self._needs.setdefault(needed, needed)
+
+    def sync(self, needs: Iterable[Hooks]) -> None:
+        """Registers the hooks that adapters rely on and removes all others.
+
+        Args:
+            needs: What `hooks_for` gives for each adapter.
 
         Raises:
             UnsupportedError: If new hooks would go unseen, because a part of the model is compiled
                 by itself. (A model that is compiled as a whole sees them, see `Runtime.version`.)
         """
-        needed = {
-            ("" if hook.partition(".")[0] == CALL else address, hook)
-            for parts in adapters
-            for address, part in parts.items()
-            for hook in (*self.sites[address].needed(part), *self.sites[address].folding)
-        }
+        needed: Hooks = frozenset().union(*set(needs))
+        if needed:
+            needed |= self.repeater.needed(self.repeater.skipped)
+        if needed == self._handles.keys():
+            return
         new = [key for key in needed if key not in self._handles]
         inside = (module for module in self.model.modules() if module is not self.model)
         if new and any(compiled(module) for module in inside):
-            raise UnsupportedError(
-                "A part of the model is compiled, so hooks added now would be ignored. Add the "
-                "first adapter of each kind before compiling, or compile the whole model."
-            )
+            if any(address != REPEAT for address, _ in new):
+                raise UnsupportedError(
+                    "A part of the model is compiled, so hooks added now would be ignored. Add the "
+                    "first adapter of each kind before compiling, or compile the whole model."
+                )
+            new = []  # rows are repeated with the inputs of the model then
         old = [key for key in self._handles if key not in needed]
         for key in old:
             self._handles.pop(key).remove()
@@ -301,9 +332,10 @@ class Attachment:
                 self._handles.pop(key).remove()
                 new.append(key)
         for address, hook in sorted(new):
-            site = self.sites[address] if address else self._call
+            others = {"": self._call, REPEAT: self.repeater}
+            site = others.get(address) or self.sites[address]
             self._handles[address, hook] = site.register(hook)
-        self.runtime.version += bool(old or new)
+        self.runtime.version += 1
 
     def replace_host(self, old: nn.Module, new: nn.Module) -> None:
         """Takes the sites of one module to another that stands in its place."""
@@ -336,40 +368,7 @@ class Attachment:
         Raises:
             CompositionError: If a block has no meaning for the adapters inside.
         """
-        routing = route(setup)
-        rows = None if routing.single else RowMap(routing)
-        ops = {}
-        for address in dict.fromkeys(a for name in adapters for a in adapters[name]):
-            site = self.sites[address]
-            if site.layer is not None and site.layer in skip_layers:
-                continue
-            chains = [self._assemble(c, site, adapters, fusions or {}) for c in routing.chains]
-            if any(chains):
-                ops[address] = site.op(chains, rows)
-        for address, norm in self._norms.items():
-            if address in ops and norm in ops:
-                ops[address] = ops[address]._replace(norms=ops[norm].chains)
-        return Plan(setup, routing, heads, ops, tuple(skip_layers))
-
-    def _assemble(
-        self,
-        chain: Chain,
-        site: AttachedSite,
-        adapters: Mapping[str, Mapping[str, nn.Module]],
-        fusions: Mapping[str, Mapping[str, nn.Module]],
-    ) -> list[Any]:
-        """The parts of a chain at one site, in order."""
-        parts: list[Any] = []
-        for step in chain:
-            if isinstance(step, str):
-                if site.address in adapters[step]:
-                    parts.append(adapters[step][site.address])
-                continue
-            branches = [self._assemble(chain_of(child), site, adapters, fusions) for child in step]
-            if any(branches):
-                own = fusions.get(step.name, {}) if isinstance(step, Fuse) else {}
-                parts.append(combine(site, step, branches, own.get(site.address)))
-        return parts
+        return self._planner.plan(setup, adapters, heads, fusions, skip_layers)
 
 
 def _projections(

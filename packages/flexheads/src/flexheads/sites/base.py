@@ -14,6 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
+Hooks = frozenset[tuple[str, str]]
+"""Hooks by the address of their site and their name at that site."""
+
 CALL = "call"
 """Name of the one hook that notes what the backbone is called with, for all sites."""
 
@@ -151,8 +154,8 @@ def place(
             and a quantised module may have none.
         which: The floating-point parameter that tells: 0 the first, -1 the last.
     """
-    own = [p for p in host.parameters() if p.is_floating_point()]
-    others = [] if otherwise is None else list(otherwise.parameters())
+    own = _floating(host)
+    others = [] if own or otherwise is None else list(otherwise.parameters())
     weights = own or [p for p in others if p.is_floating_point()]
     tensors: list[Tensor] = [*own] or [*host.parameters(), *host.buffers(), *weights]
     if not weights:
@@ -160,7 +163,23 @@ def place(
     device = (own[which] if own else tensors[0]).device
     if device.type == "meta":
         device = _execution_device(host) or device
-    return part.to(device=device, dtype=weights[which].dtype)
+    dtype = weights[which].dtype
+    return part if _is_there(part, device, dtype) else part.to(device=device, dtype=dtype)
+
+
+def _floating(module: nn.Module) -> list[nn.Parameter]:
+    """The floating-point parameters of a module, in order; quick for one without children."""
+    held = module.parameters() if module._modules else module._parameters.values()
+    return [p for p in held if p is not None and p.is_floating_point()]
+
+
+def _is_there(module: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all of a module is on a device, and in a dtype."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and (tensor.device != device or tensor.dtype != dtype):
+            return False
+    children = module._modules.values()
+    return all(child is None or _is_there(child, device, dtype) for child in children)
 
 
 def _execution_device(module: nn.Module) -> torch.device | None:
@@ -215,8 +234,9 @@ def run_chains(
     """
     if rows is None:
         return run(chains[0], *tensors)
+    present = [chains[number] for number in rows.present(tensors[0].shape[0])]
     split = [rows.split(tensor) for tensor in tensors]
-    return rows.merge([run(parts, *own) for parts, *own in zip(chains, *split, strict=True)])
+    return rows.merge([run(parts, *own) for parts, *own in zip(present, *split, strict=True)])
 
 
 def compiled(module: nn.Module) -> bool:

@@ -79,7 +79,7 @@ def check_whole(config: Mapping[str, Any]) -> None:
 
 def is_fused(layout: Layout, path: str) -> bool:
     """Whether the module at a path computes several projections."""
-    return sum(own == path for own in layout.paths.values()) > 1
+    return len(layout.sites.get(path, ())) > 1
 
 
 class LoRANames(AdapterNames):
@@ -169,7 +169,7 @@ class LoRANames(AdapterNames):
         """The tensors that one tensor of a file holds; None where it has no place."""
         modern = self.modern(key)
         path, found, suffix = modern.partition(f".{self.infix}.{self.name}.")
-        sites = [site for site, own in self.layout.paths.items() if own == path] if found else []
+        sites = self.layout.sites.get(path, ()) if found else ()
         if not is_fused(self.layout, path) or not sites:
             address = self.address(key)
             return {address: tensor} if address else None

@@ -81,12 +81,11 @@ class AdapterNames:
         stem = f"shared_parameters.{self.name}."
         if key.startswith(stem):
             return self.shared_address(key[len(stem) :])
-        for site, path in self.layout.paths.items():
-            stem = f"{path}.{self.infix}.{self.name}."
-            if key.startswith(stem):
-                suffix = self.own_suffix(site, key[len(stem) :])
-                if suffix is not None:
-                    return f"{site}.{suffix}" if suffix else suffix
+        path, found, rest = key.partition(f".{self.infix}.{self.name}.")
+        for site in self.layout.sites.get(path, ()) if found else ():
+            suffix = self.own_suffix(site, rest)
+            if suffix is not None:
+                return f"{site}.{suffix}" if suffix else suffix
         return None
 
     def suffixes(self, site: str, suffix: str) -> list[str]:
@@ -104,15 +103,14 @@ class AdapterNames:
 
     def _told_apart(self, site: str) -> str:
         """The site's role, where several projections of one fused module share a path."""
-        paths = list(self.layout.paths.values())
-        shared = paths.count(self.layout.paths[site]) > 1
+        shared = len(self.layout.sites[self.layout.paths[site]]) > 1
         return f"{site.rpartition('.')[2]}." if shared else ""
 
     # --- for subclasses ---------------------------------------------------------------------------
 
     def site(self, address: str) -> str:
         """The site that a tensor's address belongs to."""
-        return next(site for site in self.layout.paths if address.startswith(f"{site}."))
+        return self.layout.site_of(address)
 
     def modern(self, key: str) -> str:
         """A key without the backbone's prefix, in the words of the third generation."""

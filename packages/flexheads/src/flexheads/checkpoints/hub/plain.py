@@ -16,17 +16,5 @@ class PlainNames(AdapterNames):
             return [f"{self.prefix}shared_parameters.{self.name}.{own}"]
         return super().keys(address)
 
-    def suffixes(self, site: str, suffix: str) -> list[str]:
-        return [self._mark(site) + suffix]
-
-    def own_suffix(self, site: str, suffix: str) -> str | None:
-        mark = self._mark(site)
-        return suffix[len(mark) :] if suffix.startswith(mark) else None
-
     def shared_address(self, suffix: str) -> str | None:
         return _SHARED + suffix
-
-    def _mark(self, site: str) -> str:
-        paths = self.layout.paths
-        alone = sum(path == paths[site] for path in paths.values()) == 1
-        return "" if alone else f"{site.rpartition('.')[2]}."
