@@ -68,6 +68,7 @@ _LAZY = {
     "TrainableTokensConfig": "flexheads.methods.trainable_tokens",
     "UniPELTConfig": "flexheads.methods.union",
     "VeraConfig": "flexheads.methods.lora",
+    "active": "flexheads.models.active",
     "describe": "flexheads.models.describe",
     "init": "flexheads.models.static",
     "load_config": "flexheads.methods.config",

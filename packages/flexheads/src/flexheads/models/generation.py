@@ -120,7 +120,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
     def _active_lm_head(self) -> LanguageModelHead | None:
         if "_attachment" not in self.__dict__:  # transformers asks while the model is being built
             return None
-        active = [self.heads[route.head] for route in self._attachment.runtime.active.heads]
+        active = [self.heads[route.head] for route in self._attachment.runtime.chosen().heads]
         only = active[0] if len(active) == 1 else None
         return only if isinstance(only, LanguageModelHead) else None
 
@@ -129,7 +129,8 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
 
         It is kept as other plans are, so that compiled code meets the same one again.
         """
-        kept = self._attachment.runtime.plans.get(("generation", plan))
+        plans = self._attachment.runtime.plans
+        kept = plans.get(("generation", plan))
         if isinstance(kept, GenerationPlan):
             return kept
         routing = dataclasses.replace(plan.routing, repeat=1)
@@ -141,7 +142,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             return as_generation(self._make_plan(setup, heads, plan.skip_layers))
 
         own = as_generation(plan, routing=routing, rows=rows_named(plan), expanded=expanded)
-        self._keep_plan(("generation", plan), own)
+        plans.keep(("generation", plan), own)
         return own
 
     def _prepare_encoder_decoder_kwargs_for_generation(

@@ -217,9 +217,8 @@ class HeadsMixin(HeadLabelsMixin):
         return super()._make_plan(block, heads, skip_layers)
 
     def _call_heads(
-        self, block: Block | None, adapter_names: Setup, head: Any
+        self, block: Block | None, adapter_names: Setup, head: Any, current: tuple[HeadRoute, ...]
     ) -> tuple[HeadRoute, ...]:
-        current = self._attachment.runtime.active.heads
         if isinstance(head, Rows):
             return routes_of_rows(head, self.heads.keys(), route(block))
         if head is not None:

@@ -21,11 +21,9 @@ from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import Attachment
 from flexheads.sites.base import place
+from flexheads.sites.plan_cache import PlanCache
 from flexheads.sites.runtime import plan_checkpoints
 from flexheads.specs import ArchitectureSpec
-
-_PLANS_KEPT = 256
-
 
 class AdapterModelMixin(MergingMixin):
     """Named adapters on a transformers model.
@@ -192,7 +190,7 @@ class AdapterModelMixin(MergingMixin):
         config = self._attachment.backbone.config
         config.adapters = {name: a.config.to_dict() for name, a in self.adapters.items()}
         runtime = self._attachment.runtime
-        runtime.plans.clear()
+        runtime.plans = PlanCache()
         active = runtime.active
         try:
             runtime.active = self._make_plan(active.setup, active.heads, active.skip_layers)
@@ -268,32 +266,35 @@ class AdapterModelMixin(MergingMixin):
     def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
         """The plan of one call; None means what is active, an empty list no adapter."""
         runtime = self._attachment.runtime
-        active = runtime.active  # read once: another thread may set it meanwhile
+        active = runtime.chosen()  # read once: another thread may set it meanwhile
         if adapter_names is None and head is None:
             return active
         block = active.setup if adapter_names is None else parse_composition(adapter_names)
         skip = active.skip_layers if adapter_names is None else ()
         if torch.compiler.is_compiling():  # what is built while tracing must not outlive it
-            return self._make_plan(block, self._call_heads(block, adapter_names, head), skip)
+            heads = self._call_heads(block, adapter_names, head, active.heads)
+            return self._make_plan(block, heads, skip)
         key = (block, tuple(head) if isinstance(head, list) else head, active.heads, skip)
-        plan = runtime.plans.get(key)
+        plans = runtime.plans
+        plan = plans.get(key)
         if plan is None:
-            plan = self._make_plan(block, self._call_heads(block, adapter_names, head), skip)
-            if runtime.active is active:
-                self._keep_plan(key, plan)
+            heads = self._call_heads(block, adapter_names, head, active.heads)
+            plan = plans.keep(key, self._make_plan(block, heads, skip))
         return plan
 
-    def _keep_plan(self, key: Any, plan: Plan) -> None:
-        """Keeps a plan for calls to come."""
-        plans = self._attachment.runtime.plans
-        if len(plans) >= _PLANS_KEPT:
-            plans.clear()
-        plans[key] = plan
+    def _kept_plan(
+        self, block: Block | None, heads: tuple[HeadRoute, ...], skip: tuple[int, ...]
+    ) -> Plan:
+        """The plan of a setup with heads of its own; one that is kept, where there is one."""
+        plans, key = self._attachment.runtime.plans, ("chosen", block, heads, skip)
+        if torch.compiler.is_compiling():
+            return self._make_plan(block, heads, skip)
+        return plans.get(key) or plans.keep(key, self._make_plan(block, heads, skip))
 
     def _call_heads(
-        self, block: Block | None, adapter_names: Setup, head: Any
+        self, block: Block | None, adapter_names: Setup, head: Any, current: tuple[HeadRoute, ...]
     ) -> tuple[HeadRoute, ...]:
-        return self._attachment.runtime.active.heads
+        return current
 
     def _enter(self, plan: Plan) -> Any:
         """The context of one call."""

@@ -109,7 +109,7 @@ class PredictMixin(HeadsMixin):
             CompositionError: If it shares out a batch, because the batches are made here.
         """
         named = adapter_names is not None or head in self.adapters
-        active = self._attachment.runtime.active
+        active = self._attachment.runtime.chosen()
         wanted = adapter_names if adapter_names is not None else head
         block = parse_composition(wanted) if named else active.setup
         if isinstance(block, Rows):

@@ -137,7 +137,7 @@ def _names(given: Any, known: Any) -> list[str]:
 
 def _adapters(tasks: Sequence[Task], names: Sequence[str], model: Any) -> Setup:
     """The adapters of all rows: one setup where they agree, `Rows` where they do not."""
-    active = model.active_adapters
+    active = model._attachment.runtime.chosen().setup
     rows: list[Block | None] = []
     for name, task in zip(names, tasks, strict=True):
         if task.adapter is not None:

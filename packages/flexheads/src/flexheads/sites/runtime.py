@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch import Tensor
 
 from flexheads.errors import CompositionError
 from flexheads.plan import Plan
+from flexheads.sites.chosen import chosen
+from flexheads.sites.plan_cache import PlanCache
+
+
+ONCE = "once"
+"""What says that the layers of this call run on one copy of the batch; see `sites.repeat`."""
+
+_FOR_RECOMPUTING = ("call", ONCE)
 
 
 class _Thread(threading.local):
@@ -40,7 +49,7 @@ class Runtime:
     def __init__(self) -> None:
         self.active = Plan()
         self.version = 0
-        self.plans: dict[Any, Plan] = {}
+        self.plans = PlanCache()
         self._thread = _Thread()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,14 +65,20 @@ class Runtime:
         plan = self._thread.plan
         return self._outside() if plan is None else plan
 
+    def chosen(self) -> Plan:
+        """What holds for calls that name nothing: what `flexheads.active` says, or the model."""
+        choice = chosen(self)
+        return self.active if choice is None else choice.plan()
+
     def _outside(self) -> Plan:
         """The plan for a backbone that is called by itself, without the model's forward."""
-        if not self.active.routing.single:
+        plan = self.chosen()
+        if plan.routing.repeat > 1 or plan.routing.tasks is not None:
             raise CompositionError(
-                f"{self.active.setup!r} splits the batch, which the model's forward prepares. Call "
-                "the model, not its backbone, or activate a setup that does not split it."
+                f"{plan.setup!r} needs what the model's forward prepares: rows that are repeated, "
+                "or their tasks. Call the model, not its backbone, or activate another setup."
             )
-        return self.active
+        return plan
 
     def entered(self) -> Plan | None:
         """The plan of the scope that the running thread is in, or None outside of any."""
@@ -88,6 +103,15 @@ class Runtime:
     def peek(self, key: str) -> Any:
         """What an earlier hook of the same call has put, or None; it stays."""
         return self._thread.values.get(key)
+
+    @contextmanager
+    def apart(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """A context with values of its own; those of the call around it come back behind it."""
+        around, self._thread.values = self._thread.values, dict(values)
+        try:
+            yield
+        finally:
+            self._thread.values = around
 
 
 class Scope:
@@ -139,14 +163,13 @@ class PlannedCheckpoint:
 class _Replay:
     def __init__(self, runtime: Runtime, plan: Plan, function: Callable[..., Any]) -> None:
         self.runtime, self.plan, self.function = runtime, plan, function
-        self.call = runtime.peek("call")
+        noted = {key: runtime.peek(key) for key in _FOR_RECOMPUTING}
+        self.noted = {key: value for key, value in noted.items() if value is not None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.runtime.holds(self.plan):  # nothing to set, so a compiled checkpoint is pure
             return self.function(*args, **kwargs)
-        with self.runtime.scope(self.plan):
-            if self.call is not None:
-                self.runtime.put("call", self.call)
+        with self.runtime.apart(self.noted), self.runtime.scope(self.plan):
             return self.function(*args, **kwargs)
 
 
