@@ -24,10 +24,11 @@ class FeatureCollator:
 
     Args:
         collate: Makes a batch of items without features.
-        setup: The adapters that the features were computed with, as JSON.
+        setup: The adapters that the features were computed with, as JSON; None where they did not
+            matter.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], setup: str) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], setup: str | None) -> None:
         self.collate, self.setup = collate, setup
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -51,7 +52,8 @@ class FeatureCollator:
                 "tell where they are. Give all items one length, or collate items one by one."
             )
         batch[FEATURES] = {name: torch.cat(parts) for name, parts in found.items()}
-        batch[FEATURES][SETUP] = self.setup
+        if self.setup is not None:
+            batch[FEATURES][SETUP] = self.setup
         return batch
 
 

@@ -29,6 +29,14 @@ from flexheads.models.features_given import (
     what_is_read,
 )
 from flexheads.models.inputs import flatten_choices
+from flexheads.models.lower_layers import (
+    AFTER,
+    check_alike,
+    check_frozen,
+    check_layers,
+    lower_tensors,
+    run_lower,
+)
 from flexheads.plan import HeadRoute, Plan
 from flexheads.sites.prompt import POOLED
 
@@ -87,6 +95,7 @@ class FeatureCacheMixin:
         collator: Callable[[list[Any]], Any] | None = None,
         adapter_names: Setup = None,
         what: str = "hidden",
+        lower_layers: int | None = None,
         progress: bool | None = None,
     ) -> FeatureCache:
         """Computes the backbone's features of a data set once, into files; heads train on them.
@@ -106,6 +115,8 @@ class FeatureCacheMixin:
             what: ``"hidden"``, the last hidden states; ``"layers"``, those of every layer, for
                 heads with ``hidden_layer``; ``"pooled"``, only the vectors that the model's heads
                 read, which takes a small part of the room.
+            lower_layers: How many of the lowest layers to do without, instead of all: what the
+                others are given is stored, and they and the adapters in them can be trained.
             progress: Whether to show a progress bar; None does on a terminal.
 
         Returns:
@@ -113,12 +124,14 @@ class FeatureCacheMixin:
 
         Raises:
             UnsupportedError: If the backbone or an active adapter is trainable, rows follow several
-                chains of adapters, or the model has two sides.
+                chains of adapters, or the model has two sides. With `lower_layers`: if an active
+                adapter acts in them, they are trainable, or the model's layers hand on more than
+                hidden states.
             CheckpointError: If the directory holds something else, or features of other weights,
                 adapters or inputs.
             ConfigError: If the data set has no length, or the collator changes inputs.
         """
-        return _Computing(self, collator, adapter_names, what).run(
+        return _Computing(self, collator, adapter_names, what, lower_layers).run(
             dataset, directory, batch_size, progress
         )
 
@@ -126,13 +139,22 @@ class FeatureCacheMixin:
 class _Computing:
     """One call of `FeatureCacheMixin.cached_features`."""
 
-    def __init__(self, model: Any, collator: Any, adapter_names: Setup, what: str) -> None:
-        if what not in WHAT:
-            raise ConfigError(f"what={what!r} should be one of {', '.join(WHAT)}.")
-        self.model, self.what = model, what
+    def __init__(
+        self, model: Any, collator: Any, adapter_names: Setup, what: str, lower: int | None
+    ) -> None:
+        if what not in (WHAT if lower is None else WHAT[:1]):
+            kinds = ", ".join(WHAT)
+            raise ConfigError(
+                f"what={what!r} should be one of {kinds}; with lower_layers, it is left out."
+            )
+        self.model, self.what, self.lower = model, what, lower
         self.plan: Plan = model._call_plan(adapter_names, [])
-        refuse_trainable(model, self.plan)
-        if not self.plan.routing.single:
+        if lower is None:
+            refuse_trainable(model, self.plan)
+        else:
+            check_layers(model, lower)
+            check_frozen(model, self.plan, lower)
+        if lower is None and not self.plan.routing.single:
             raise UnsupportedError(
                 f"{self.plan.setup!r} sends rows through several chains of adapters. Make a cache "
                 "for each chain."
@@ -174,13 +196,28 @@ class _Computing:
             disable=None if progress is None else not progress,
         )
         with _evaluating(self.model), bar:
+            if self.lower is not None and len(dataset):
+                self.try_upper(dataset[0], self.lower)
             while len(store) < len(dataset):
                 numbers = range(len(store), min(len(store) + batch_size, len(dataset)))
                 self.add(store, [dataset[number] for number in numbers])
                 bar.update(len(numbers))
         store.close()
-        setup = json.dumps(to_json(self.plan.setup))
+        setup = json.dumps(to_json(self.plan.setup)) if self.lower is None else None
         return FeatureCache(dataset, store, FeatureCollator(self.collate, setup), self.keep)
+
+    def try_upper(self, item: Mapping[str, Any], lower: int) -> None:
+        """Finds out on one item whether the upper layers can do without the lower ones."""
+        inputs, _ = flatten_choices(self.inputs(self.collate([kept(item, self.keep)])))
+        plan = dataclasses.replace(self.plan, heads=())
+        with self.model._enter(plan):
+            check_alike(self.model, plan, inputs, lower)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the backbone reads of a batch, on the model's device."""
+        named = {name: batch[name] for name in batch if name in self.model.input_names}
+        device = self.model.device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in named.items()}
 
     def place(self, about: Mapping[str, Any], dataset: Any) -> Path:
         """Where features go that were given no directory: a place for just these."""
@@ -192,6 +229,11 @@ class _Computing:
     def about(self) -> dict[str, Any]:
         """What the features depend on beside the inputs."""
         plan = self.plan
+        if self.lower is not None:
+            return {
+                "weights": _hash_of(self.model, plan, self.lower),
+                "kind": ["lower", self.lower],
+            }
         return {
             "weights": _hash_of(self.model, plan),
             "adapters": [to_json(plan.setup), list(plan.skip_layers)],
@@ -210,7 +252,7 @@ class _Computing:
     def add(self, store: FeatureStore, items: Sequence[Mapping[str, Any]]) -> None:
         """Computes the features of some rows, and stores them."""
         batch = self.collate([kept(item, self.keep) for item in items])
-        found, long = self.compute({k: v for k, v in batch.items() if k in self.model.input_names})
+        found, long = self.compute(self.inputs(batch))
         rows, done = [], 0
         for item in items:
             count, positions = own_positions(item, batch, done)
@@ -226,8 +268,11 @@ class _Computing:
     def compute(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], frozenset[str]]:
         """The features of a batch, and the names of those that have something for each position."""
         model, backbone = self.model, self.model._attachment.backbone
-        moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        inputs, choices = flatten_choices(moved)
+        inputs, choices = flatten_choices(batch)
+        if self.lower is not None:
+            name = f"{AFTER}{self.lower}"
+            with model._enter(Plan()):
+                return {name: run_lower(model, inputs, self.lower)}, frozenset({name})
         layers = {"output_hidden_states": True} if self.what == "layers" else {}
         # Prompts tell what is at the first position where there is a head to read it.
         with model._enter(dataclasses.replace(self.plan, heads=(HeadRoute(""),))):
@@ -252,19 +297,25 @@ def kept(item: Mapping[str, Any], keep: frozenset[str]) -> Item:
     return {name: value for name, value in item.items() if name in keep}
 
 
-def _hash_of(model: Any, plan: Plan) -> str:
+def _hash_of(model: Any, plan: Plan, lower: int | None = None) -> str:
     """A hash of the weights and the configuration that features depend on."""
     found = hashlib.blake2b(digest_size=16)
     backbone = model._attachment.backbone
     config = backbone.config.to_dict()
     own = {name: value for name, value in config.items() if name not in _NOT_COMPUTING}
     found.update(json.dumps(own, sort_keys=True, default=repr).encode())
-    parts: list[tuple[str, Any]] = [("backbone", backbone)]
-    parts += [(f"{where} {name}", getattr(model, where)[name]) for where, name in acting(plan)]
-    for part, module in parts:
-        described = {} if module is backbone else module.config.to_dict()
+    parts: list[tuple[str, Any, Any]] = []
+    if lower is not None:
+        parts = [("backbone", {}, lower_tensors(model, lower))]
+    else:
+        parts = [("backbone", {}, backbone.state_dict().items())]
+        for where, name in acting(plan):
+            module = getattr(model, where)[name]
+            described = module.config.to_dict()
+            parts.append((f"{where} {name}", described, module.state_dict().items()))
+    for part, described, tensors in parts:
         found.update(f"{part} {json.dumps(described, sort_keys=True, default=repr)}".encode())
-        for name, tensor in module.state_dict().items():
+        for name, tensor in tensors:
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(_bytes(tensor))
     return found.hexdigest()

@@ -31,10 +31,12 @@ from flexheads.models.inputs import (
 )
 from flexheads.models.labels import USUAL, Labels, labels_by_route, take_labels
 from flexheads.models.loss_weights import LossWeightsMixin
+from flexheads.models.lower_layers import states_given, upper_backbone, without_features
 from flexheads.models.predicting import PredictMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.signature import signed
 from flexheads.models.stacking import HeadStacks
+from flexheads.models.task_ids import check_rows
 from flexheads.models.tasks import Tasks, take_tasks
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import HeadRoute, Plan
@@ -46,7 +48,16 @@ from flexheads.sites.prompt import POOLED, PROMPT
 from flexheads.specs import ArchitectureSpec
 
 _TASKS = ("task", "tasks")
-_ARGUMENTS = (*USUAL, "adapter_names", "head", *_TASKS, FEATURES, "return_dict", *ARGUMENTS)
+_ARGUMENTS = (
+    *USUAL,
+    "adapter_names",
+    "head",
+    "task_ids",
+    *_TASKS,
+    FEATURES,
+    "return_dict",
+    *ARGUMENTS,
+)
 
 
 class ModelWithHeads(
@@ -113,6 +124,7 @@ class ModelWithHeads(
         *args: Any,
         adapter_names: Setup = None,
         head: str | list[str] | Rows | None = None,
+        task_ids: Tensor | Sequence[Any] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -123,6 +135,7 @@ class ModelWithHeads(
             adapter_names: The adapters of this call; None is the active setup, an empty list none.
             head: The head or heads of this call; None is the active one, an empty list none, `Rows`
                 one for each row.
+            task_ids: The task of each row, ``(batch,)``, where the setup has a `MultiTask`.
             return_dict: False for a plain tuple.
             kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
                 ``end_positions`` for one head, or ``labels={head: ...}`` for several; ``task``, the
@@ -139,23 +152,26 @@ class ModelWithHeads(
             LabelError: If labels are given and there is no head for them.
         """
         if asked := take_asked(kwargs):
-            how: Any = {"adapter_names": adapter_names, "head": head, "return_dict": return_dict}
+            how: Any = {"adapter_names": adapter_names, "head": head, "task_ids": task_ids}
+            how["return_dict"] = return_dict
             return with_scores(self, asked, lambda: self.forward(*args, **how, **kwargs))
         adapter_names, head = take_tasks(kwargs, self, adapter_names, head)
-        plan = self._call_plan(adapter_names, head)
+        plan = self._plan_of_call(adapter_names, head, task_ids)
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         keep = inputs.pop("logits_to_keep", 0)
         plan, inputs = step_of(plan, self.input_names, inputs)
         labels = take_labels(inputs, plan, self.heads)
         inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
+        check_rows(plan, inputs)
         own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
         with self._enter(plan):
             output, states = self._run_backbone(plan, inputs)
-        if plan.heads:
-            features = self._features(plan, inputs, output, choices, states)
-            output = self._run_heads(plan, features, keeping(keep, own_labels, plan, self.heads))
+            if plan.heads:
+                features = self._features(plan, inputs, output, choices, states)
+                kept_labels = keeping(keep, own_labels, plan, self.heads)
+                output = self._run_heads(plan, features, kept_labels)
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else _as_tuple(output)
 
@@ -182,9 +198,11 @@ class ModelWithHeads(
         self, plan: Plan, inputs: Mapping[str, Any]
     ) -> tuple[Any, tuple[Tensor, ...] | None]:
         """The backbone's output, and the states of every layer where a head reads them."""
-        if (given := inputs.get(FEATURES)) is not None:
-            return backbone_output(self, plan, given)
         backbone, heads = self._attachment.backbone, self.heads
+        if (given := inputs.get(FEATURES)) is not None:
+            if (lower := states_given(given)) is None:
+                return backbone_output(self, plan, given)
+            backbone, inputs = upper_backbone(self, plan, *lower), without_features(inputs)
         configs = [heads[route.head].config for route in plan.heads]
         if self._only_encodes(plan):
             backbone = functools.partial(encode, backbone)
