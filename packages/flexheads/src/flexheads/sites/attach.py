@@ -282,7 +282,8 @@ class Attachment:
             return forward(*args, **kwargs)
         if isinstance(prompt, AttachedPrompt):
             forward = functools.partial(prompt.run, forward)
-        return self.repeater.run(forward, args, kwargs)
+            return self.repeater.run(forward, args, kwargs)
+        return self.repeater.run(lambda args, kwargs: forward(*args, **kwargs), args, kwargs)
 
     def hooks_for(self, parts: Mapping[str, nn.Module]) -> Hooks:
         """The hooks that an adapter relies on.

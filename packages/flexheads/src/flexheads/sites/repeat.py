@@ -107,11 +107,16 @@ class Repeater:
         self.live = False
 
     def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs the forward of a model that is its own backbone, under the plan of the call."""
+        """Runs the forward of a model that is its own backbone, under the plan of the call.
+
+        Args:
+            forward: Takes the arguments by position, and those by name.
+            args: The arguments by position.
+            kwargs: The arguments by name.
+        """
         if not self.live or self.inside:
-            return forward(*args, **kwargs)
-        args, kwargs = self._before(self.called, args, kwargs) or (args, kwargs)
-        output = forward(*args, **kwargs)
+            return forward(args, kwargs)
+        output = forward(*(self._before(self.called, args, kwargs) or (args, kwargs)))
         changed = self._after(self.called, args, output)
         return output if changed is None else changed
 

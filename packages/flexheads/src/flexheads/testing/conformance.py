@@ -29,6 +29,7 @@ from flexheads.specs import HeadConversion
 from flexheads.testing.block_checks import BLOCK_CHECKS, check_block
 from flexheads.testing.fitting import lacks, other_config, output, refusal
 from flexheads.testing.head_checks import check_head, check_head_refusals, head_types
+from flexheads.testing.repeat_checks import check_shared_layers
 from flexheads.testing.static_checks import check_conversion, check_generation, same
 from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model
 
@@ -81,6 +82,7 @@ def _checks(architecture: str) -> Iterator[tuple[str, Callable[[], None]]]:
         check_training,
         check_attention_implementations,
         check_gradient_checkpointing,
+        check_shared_layers,
     ):
         yield check.__name__.removeprefix("check_"), functools.partial(check, architecture)
     for config in configurations():
