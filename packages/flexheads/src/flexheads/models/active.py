@@ -51,10 +51,6 @@ def active(
             f"A {type(model).__name__} has no adapters to activate. Pass the model itself, not a "
             "wrapper around it, after flexheads.init(model)."
         )
-    if head is not None and not hasattr(model, "heads"):
-        raise UnsupportedError(
-            f"A {type(model).__name__} has one head, its own, so head={head!r} cannot be chosen."
-        )
     runtime = model._attachment.runtime
     around = runtime.chosen()  # read once: another thread may activate something meanwhile
     kept = setup is UNCHANGED
@@ -62,7 +58,7 @@ def active(
 
     def resolve() -> Plan:
         if head is not None:
-            heads = model._routes(head)  # type: ignore[attr-defined]
+            heads = model._heads_named(head)
         else:
             heads = around.heads if kept else model._heads_for(block, around.heads)
         skip = around.skip_layers if kept else ()

@@ -163,7 +163,7 @@ class HeadsMixin(HeadLabelsMixin):
             UnknownNameError: If one does not exist; nothing is changed then.
         """
         runtime = self._attachment.runtime
-        self._activate(runtime.active.setup, self._routes(head))
+        self._activate(runtime.active.setup, self._heads_named(head))
 
     def _activate(
         self,
@@ -174,7 +174,7 @@ class HeadsMixin(HeadLabelsMixin):
         super()._activate(setup, heads, skip_layers)
         self._show_labels()
 
-    def _routes(self, head: str | Sequence[str] | None) -> tuple[HeadRoute, ...]:
+    def _heads_named(self, head: str | Sequence[str] | None) -> tuple[HeadRoute, ...]:
         if not isinstance(head, str | list | tuple | None):
             raise ConfigError(f"A head is given by its name or a list of names, not by {head!r}.")
         names = [] if head is None else [head] if isinstance(head, str) else list(head)
@@ -222,7 +222,7 @@ class HeadsMixin(HeadLabelsMixin):
         if isinstance(head, Rows):
             return routes_of_rows(head, self.heads.keys(), route(block))
         if head is not None:
-            return self._routes(head)
+            return self._heads_named(head)
         if adapter_names is not None and not route(block).single:
             return self._heads_for(block, current)
         return tuple(r for r in current if r.chain is None)

@@ -249,6 +249,16 @@ class AdapterModelMixin(MergingMixin):
         """The heads that a setup brings along; models with static heads have none to choose."""
         return current
 
+    def _heads_named(self, head: str | Sequence[str]) -> tuple[HeadRoute, ...]:
+        """The heads of these names.
+
+        Raises:
+            UnsupportedError: If the model has no heads with names.
+        """
+        raise UnsupportedError(
+            f"A {type(self).__name__} has one head, its own, so head={head!r} cannot be chosen."
+        )
+
     def _make_plan(
         self,
         block: Block | None,

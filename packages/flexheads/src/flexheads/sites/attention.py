@@ -79,16 +79,16 @@ class AttentionOp(NamedTuple):
     def prefix(self, hidden: Tensor) -> Prefix:
         """The prefix of each row; shorter ones start later, and what is before does not count."""
         if self.rows is None:
-            return Prefix(*_join(self.chains[0], hidden), None)
+            return Prefix(*join_prefixes(self.chains[0], hidden), None)
         split, present = self.rows.split(hidden), self.rows.present(hidden.shape[0])
         lengths, longest = [self.lengths[number] for number in present], max(self.lengths)
         found = [
-            _join(self.chains[number], own) if length else None
+            join_prefixes(self.chains[number], own) if length else None
             for number, own, length in zip(present, split, lengths, strict=True)
         ]
         some = next((own for own in found if own is not None), None)
         if some is None:  # the chains with a prefix have no rows
-            some = _join(next(c for c, n in zip(self.chains, self.lengths) if n), hidden[:0])
+            some = join_prefixes(self.chains[self.lengths.index(longest)], hidden[:0])
         heads, _, size = some[0].shape[1:]
         both: list[Tensor] = []
         for which in (0, 1):
@@ -105,7 +105,7 @@ class AttentionOp(NamedTuple):
         return Prefix(both[0], both[1], self.rows.merge(keeps))
 
 
-def _join(chain: Sequence[AttentionPart], hidden: Tensor) -> tuple[Tensor, Tensor]:
+def join_prefixes(chain: Sequence[AttentionPart], hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The prefix of a chain: each adapter's stands before those of the adapters before it."""
     keys: Any = None
     values: Any = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexheads.composition import Average, Block, Fuse, Split
+from flexheads.composition import Block, Fuse, Split
 from flexheads.errors import CompositionError
+from flexheads.sites.attention import AttentionPart, join_prefixes
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.fused import Branch, Fused
+from flexheads.sites.prompt import PromptPart
 from flexheads.sites.residual import Stream
 
 _CHANGED = {"linear": 1, "norm": 1, "tokens": 1, "hidden": 0, "embedding": 0}
@@ -30,39 +33,56 @@ def combine(site: AttachedSite, block: Block, branches: Sequence[Branch], fusion
     Raises:
         CompositionError: If the block has no meaning for these parts.
     """
+    reason = _reason_against(site, block, branches, fusion)
+    if reason is not None:
+        raise CompositionError(f"{block!r} at {site.address}: {reason}")
+    if isinstance(block, Fuse):
+        return Fused(branches, fusion)
+    weights: Any = getattr(block, "weights", None)
+    splits: Any = getattr(block, "splits", None)
+    if site.kind == "attention":
+        return AveragedPrefix(branches, weights)
+    if site.kind == "prompt":
+        return AveragedPrompt(branches, weights)
+    if site.kind == "residual" and isinstance(block, Split):
+        return SplitStream(branches, block.splits)
+    if site.kind == "residual":
+        return AveragedStream(branches, weights)
+    whole = site.kind == "hidden"  # the first and last tokens are those of the whole sequence
+    return Combined(branches, _CHANGED[site.kind], weights, splits, whole)
+
+
+def _reason_against(
+    site: AttachedSite, block: Block, branches: Sequence[Branch], fusion: Any
+) -> str | None:
+    """Why a block has no meaning for parts of these branches; None where it has one."""
     parts = [part for branch in branches for part in branch]
     if isinstance(block, Fuse):
         if site.kind != "residual":
-            raise CompositionError(
-                f"{block!r}: AdapterFusion is about bottleneck adapters, but some of these act "
-                f"at {site.address}. Use Average or Stack for them."
-            )
+            return "AdapterFusion is about bottleneck adapters; use Average or Stack for others."
         if fusion is None or not all(branches):
-            raise CompositionError(
-                f"{block!r}: the fused adapters do not all act at {site.address}. Fuse adapters "
-                "that act at the same places."
-            )
-        return Fused(branches, fusion)
+            return "not all of the fused adapters act here; fuse those that act at the same places."
+        return None
+    if any(getattr(part, "changes_input", False) for part in parts):
+        return "these adapters change what the projection is given, before there is a result."
     if site.kind == "residual" and len({_replaces(branch) for branch in branches}) > 1:
-        raise CompositionError(
-            f"{block!r}: some of these adapters take the place of the layer's own norm at "
-            f"{site.address} and others do not. Use adapters of one kind."
-        )
-    if isinstance(block, Average):
-        if site.kind == "residual":
-            return AveragedStream(branches, block.weights)
-        if site.kind in _CHANGED and not any(getattr(p, "changes_input", False) for p in parts):
-            return Combined(branches, _CHANGED[site.kind], weights=block.weights)
+        return "some of these take the place of the layer's norm and others do not; use one kind."
+    if site.kind not in ("attention", "prompt"):
+        return None
     if isinstance(block, Split):
-        if site.kind == "residual":
-            return SplitStream(branches, block.splits)
-        if site.kind in ("linear", "norm") and not any(
-            getattr(part, "changes_input", False) for part in parts
-        ):
-            return Combined(branches, _CHANGED[site.kind], splits=block.splits)
-    raise CompositionError(
-        f"{block!r} has no meaning for the {type(parts[0]).__name__} at {site.address}."
-    )
+        return "every position of the sequence sees a prefix or prompt, so none is its own."
+    (_, where), *others = {_places(branch) for branch in branches}
+    if others or len(where) > 1:
+        return (
+            "a mean needs a prefix or prompt of the same length in every branch, in the same place."
+        )
+    return None
+
+
+def _places(branch: Branch) -> tuple[int, frozenset[bool]]:
+    """How many positions a branch adds, and whether they stand behind the first one."""
+    where = frozenset(bool(getattr(part, "after_first", False)) for part in branch)
+    return sum(part.length for part in branch), where
 
 
 class _StreamBlock:
@@ -114,6 +134,8 @@ class Combined(nn.Module):
         changed: The argument that a part gives a new value: what the next part of a branch gets.
         weights: The weight of each branch's result, or None.
         splits: The positions of each branch, or None.
+        whole: Whether each branch looks at the whole sequence, of whose result it gives its
+            positions.
     """
 
     changes_input = False
@@ -123,33 +145,44 @@ class Combined(nn.Module):
         self,
         branches: Sequence[Branch],
         changed: int,
-        weights: Sequence[float] | None = None,
-        splits: Sequence[int] | None = None,
+        weights: Sequence[float] | None,
+        splits: Sequence[int] | None,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.branches = tuple(tuple(branch) for branch in branches)  # in a tuple: not its own
-        self.changed, self.weights, self.splits = changed, weights, splits
+        self.changed, self.weights, self.splits, self.whole = changed, weights, splits, whole
 
     def forward(self, *args: Any) -> Tensor:
         """Runs the branches and puts their results together."""
-        if self.weights is not None:
-            results = [self._run(branch, args) for branch in self.branches]
-            return _mean(results, self.weights)
-        assert self.splits is not None
-        return torch.cat(
-            [self._run(b, own) for b, own in zip(self.branches, self._cut(args), strict=True)],
-            dim=1,
-        )
+        return self._each(self._run, args)
 
     def inverse(self, hidden: Tensor) -> Tensor:
-        """An average has no inverse that could be computed.
+        """Undoes the branches of a Split, each on its positions.
 
         Raises:
-            CompositionError: Always.
+            CompositionError: If it is an average, which has no inverse that could be computed.
         """
-        raise CompositionError(
-            "An Average of invertible adapters cannot be inverted before a language-model head."
-        )
+        if self.splits is None:
+            raise CompositionError(
+                "An Average of invertible adapters cannot be inverted before a language-model head."
+            )
+        return self._each(_undo, (hidden,))
+
+    def scores(self, hidden: Tensor, given: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        """The scores of tokens, as in `flexheads.sites.tokens.TokensPart`."""
+        return self._each(partial(_score, weight), (hidden, given, logits))
+
+    def _each(self, run: Callable[[Branch, Sequence[Any]], Tensor], args: Sequence[Any]) -> Tensor:
+        """Something of every branch: the mean, or each for its positions."""
+        if self.weights is not None:
+            return _mean([run(branch, args) for branch in self.branches], self.weights)
+        assert self.splits is not None
+        if self.whole:
+            found = [cut_sequence(run(branch, args), self.splits) for branch in self.branches]
+            return torch.cat([own[place] for place, own in enumerate(found)], dim=1)
+        cut = zip(self.branches, self._cut(args), strict=True)
+        return torch.cat([run(branch, own) for branch, own in cut], dim=1)
 
     def _run(self, branch: Branch, args: Sequence[Any]) -> Tensor:
         own = list(args)
@@ -165,6 +198,51 @@ class Combined(nn.Module):
             for arg in args
         ]
         return zip(*columns, strict=True)
+
+
+class AveragedPrefix(AttentionPart):
+    """The weighted mean of the keys and values of several prefixes, which are of one length."""
+
+    def __init__(self, branches: Sequence[Branch], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.branches = tuple(tuple(branch) for branch in branches)  # in a tuple: not its own
+        self.weights, self.length = weights, sum(part.length for part in branches[0])
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values before the attention's own."""
+        keys, values = zip(*(join_prefixes(b, hidden) for b in self.branches), strict=True)
+        return _mean(keys, self.weights), _mean(values, self.weights)
+
+
+class AveragedPrompt(PromptPart):
+    """The weighted mean of several prompts, which are of one length."""
+
+    def __init__(self, branches: Sequence[Branch], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.branches = tuple(tuple(branch) for branch in branches)  # in a tuple: not its own
+        self.length, (self.after_first,) = _places(branches[0])
+        self.weights = weights
+
+    def forward(self) -> Tensor:
+        """The prompt, ``(length, embedding size)``; in a branch the last adapter's is first."""
+        own = (torch.cat([part() for part in reversed(branch)]) for branch in self.branches)
+        return _mean(list(own), self.weights)
+
+
+def _undo(branch: Branch, args: Sequence[Any]) -> Tensor:
+    (hidden,) = args
+    for part in reversed(branch):
+        hidden = part.inverse(hidden)
+    found: Tensor = hidden
+    return found
+
+
+def _score(weight: Tensor, branch: Branch, args: Sequence[Any]) -> Tensor:
+    hidden, given, logits = args
+    for part in branch:
+        logits = part.scores(hidden, given, logits, weight)
+    found: Tensor = logits
+    return found
 
 
 def run_stream(branch: Branch, stream: Stream) -> Stream:

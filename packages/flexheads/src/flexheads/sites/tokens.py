@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.errors import CompositionError
 from flexheads.sites.base import AttachedSite, HostWeights, first_argument, run_chains
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -96,11 +95,6 @@ class AttachedTokens(AttachedSite):
         return self.output_embeddings.register_forward_hook(self._after_output, prepend=True)
 
     def op(self, chains: Sequence[Sequence[TokensPart]], rows: RowMap | None) -> TokensOp:
-        if not all(isinstance(part, TokensPart) for chain in chains for part in chain):
-            raise CompositionError(
-                "Adapters that change the embeddings of tokens can be stacked or run on rows of "
-                "their own, but not be combined with others in a block."
-            )
         return TokensOp(tuple(map(tuple, chains)), rows, self)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
