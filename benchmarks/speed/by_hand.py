@@ -11,9 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from benchmarks.speed.by_hand_parts import (
     Around,
     Attending,
@@ -28,6 +25,8 @@ from benchmarks.speed.by_hand_parts import (
     layers_of,
     replace,
 )
+from torch import Tensor
+from torch.nn import functional
 
 
 def _at(module: Any, layer: int, role: str) -> dict[str, Tensor]:

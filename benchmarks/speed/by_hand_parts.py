@@ -29,22 +29,17 @@ class Bottleneck(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor], activation: Any = functional.relu) -> None:
         super().__init__()
-        self.down, self.up = (_linear(weights, side) for side in ("down", "up"))
+        self.down, self.down_bias, self.up, self.up_bias = (
+            nn.Parameter(weights[f"{side}.{kind}"].detach().clone())
+            for side in ("down", "up")
+            for kind in ("weight", "bias")
+        )
         self.activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:
         """What it adds."""
-        inner = self.activation(self.down(hidden), inplace=True)
-        added: Tensor = self.up(inner)
-        return added
-
-
-def _linear(weights: dict[str, Tensor], side: str) -> nn.Linear:
-    weight = weights[f"{side}.weight"].detach()
-    linear = nn.Linear(*reversed(weight.shape), device="meta")
-    linear.weight = nn.Parameter(weight.clone())
-    linear.bias = nn.Parameter(weights[f"{side}.bias"].detach().clone())
-    return linear
+        inner = functional.linear(hidden, self.down, self.down_bias)
+        return functional.linear(self.activation(inner, inplace=True), self.up, self.up_bias)
 
 
 class InSequence(nn.Module):
@@ -67,9 +62,8 @@ class SideBySide(nn.Module):
     def __init__(self, bottlenecks: Sequence[Bottleneck]) -> None:
         super().__init__()
         for side in ("down", "up"):
-            linears = [getattr(each, side) for each in bottlenecks]
-            weight = torch.stack([linear.weight.detach().t() for linear in linears])
-            bias = torch.stack([linear.bias.detach() for linear in linears])
+            weight = torch.stack([getattr(each, side).detach().t() for each in bottlenecks])
+            bias = torch.stack([getattr(each, f"{side}_bias").detach() for each in bottlenecks])
             self.register_buffer(side, weight.contiguous())
             self.register_buffer(f"{side}_bias", bias.unsqueeze(1))
 
@@ -94,14 +88,14 @@ class Attending(nn.Module):
 
     def __init__(self, bottlenecks: Sequence[Bottleneck], fusion: dict[str, Tensor]) -> None:
         super().__init__()
-        self.count, self.rank = len(bottlenecks), bottlenecks[0].down.out_features
+        self.count, self.rank = len(bottlenecks), len(bottlenecks[0].down)
         asked = fusion["key.weight"].t() @ fusion["query.weight"]
         asked_bias = fusion["key.weight"].t() @ fusion["query.bias"]
-        ups = [each.up.weight.detach() for each in bottlenecks]
-        biases = torch.stack([each.up.bias.detach() for each in bottlenecks])
-        rows = [each.down.weight.detach() for each in bottlenecks]
+        ups = [each.up.detach() for each in bottlenecks]
+        biases = torch.stack([each.up_bias.detach() for each in bottlenecks])
+        rows = [each.down.detach() for each in bottlenecks]
         rows += [up.t() @ asked for up in ups] + [biases @ asked]
-        offsets = [each.down.bias.detach() for each in bottlenecks]
+        offsets = [each.down_bias.detach() for each in bottlenecks]
         offsets += [up.t() @ asked_bias for up in ups] + [biases @ asked_bias]
         value = fusion["value.weight"]
         self.register_buffer("entry", torch.cat(rows))
@@ -265,7 +259,15 @@ _PROJECTIONS = {
 }
 
 
+def projection(layer: Any, role: str) -> Any:
+    """The module of a layer that has this role."""
+    return layer.get_submodule(_path(layer, role))
+
+
 def replace(layer: Any, role: str, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Puts another module in the place of a projection."""
-    path = _PROJECTIONS[role][0 if hasattr(layer, "intermediate") else 1]
-    layer.set_submodule(path, make(layer.get_submodule(path)))
+    layer.set_submodule(_path(layer, role), make(projection(layer, role)))
+
+
+def _path(layer: Any, role: str) -> str:
+    return _PROJECTIONS[role][0 if hasattr(layer, "intermediate") else 1]

@@ -115,13 +115,13 @@ def compare(trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock]) 
     return {name: summed_up(*zip(*each, strict=True)) for name, each in ratios.items()}
 
 
-def spent(call: Callable[[], Call], repeats: int, clock: Clock = time.perf_counter) -> Found:
-    """Seconds that a work takes which can be done but once.
+def spent(prepared: Callable[[], Call], repeats: int) -> Found:
+    """CPU seconds of a work that can be done but once.
 
     Args:
-        call: Prepares the work, and returns it.
+        prepared: Prepares the work, and returns it.
         repeats: How often.
-        clock: CPU time or wall time.
     """
-    call()()  # what is imported late is imported
-    return summed_up([taken(call(), [clock])[0] for _ in range(repeats)])
+    prepared()()  # what is imported late is imported
+    rounds = [taken(prepared(), [cpu_time, time.perf_counter]) for _ in range(repeats)]
+    return summed_up(*zip(*rounds, strict=True))

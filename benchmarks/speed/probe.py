@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarks.speed.pairing import Clock, cpu_time
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig
-
-from benchmarks.speed.pairing import Clock, cpu_time
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "probe": lambda: BertConfig(
@@ -84,6 +83,12 @@ class Probe:
         ).to(self.device)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | ({"use_cache": False} if self.model.startswith("decoder") else {})
+
+    @property
+    def near(self) -> dict[str, float]:
+        """How near the numbers of two sides have to be to each other."""
+        near = 1e-4 if self.dtype == "float32" else 0.15
+        return {"rtol": near, "atol": near}
 
     @property
     def clocks(self) -> Sequence[Clock]:

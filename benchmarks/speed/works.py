@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import flexheads
 import torch
-from flexheads import AutoModelWithHeads, Fuse, Parallel, Rows
-from torch import Tensor
-from transformers import AutoModel
-
 from benchmarks import heads
 from benchmarks.speed import by_hand
 from benchmarks.speed.pairing import Call, Found, Trial, compare
 from benchmarks.speed.probe import Probe, hidden, inference, stir
+from torch import Tensor
+
+import flexheads
+from flexheads import AutoModelWithHeads, Fuse, Parallel, Rows
 
 ByHand = Callable[[Any, Any], None]
 
@@ -129,9 +128,8 @@ def same(probe: Probe, ours: Call, floor: Call) -> None:
     Raises:
         AssertionError: If they do not.
     """
-    near = 1e-4 if probe.dtype == "float32" else 0.15
     with inference():
-        torch.testing.assert_close(hidden(ours()), hidden(floor()), rtol=near, atol=near)
+        torch.testing.assert_close(hidden(ours()), hidden(floor()), **probe.near)
 
 
 def forward(probe: Probe, key: str) -> dict[str, Trial]:

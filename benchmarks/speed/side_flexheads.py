@@ -1,0 +1,136 @@
+"""flexheads, and what its works cost by hand."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.speed import by_hand, by_hand_files, compiled, library, training, works
+from benchmarks.speed.pairing import Found, compare
+from benchmarks.speed.probe import Probe, stir
+
+from flexheads import AutoModelWithHeads, SeqBnConfig
+
+DISTRIBUTIONS = ("flexheads",)
+PLUGINS = 10
+
+
+class Flexheads:
+    """The library."""
+
+    name = "flexheads"
+    imports = (
+        "import flexheads; flexheads.AutoModelWithHeads; "
+        f"found = flexheads.registry(); assert len(found.architectures) >= {PLUGINS}"
+    )
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Switches off all plugins but ten."""
+        plugins = importlib.metadata.entry_points(group="flexheads")
+        rest = sorted(plugin.name for plugin in plugins)[PLUGINS:]
+        return {"FLEXHEADS_DISABLE_PLUGINS": ",".join(rest)}
+
+    def fresh(self, probe: Probe) -> Any:
+        return works.flexible(probe)
+
+    def add(self, model: Any, name: str, config: Any, leave_out: int = 0) -> None:
+        model.add_adapter(name, SeqBnConfig(leave_out=[*range(leave_out)]) if leave_out else config)
+
+    def train(self, model: Any, name: str) -> None:
+        model.train_adapter(name)
+
+    def activate(self, model: Any, name: str) -> None:
+        model.set_active_adapters(name)
+
+    def save(self, model: Any, name: str, folder: Path) -> None:
+        model.save_adapter(folder, name)
+
+    def load(self, model: Any, name: str, folder: Path) -> None:
+        model.load_adapter(folder, load_as=name)
+
+    def from_pretrained(self, folder: Path) -> Any:
+        return AutoModelWithHeads.from_pretrained(folder)
+
+
+OURS = Flexheads()
+
+
+# --- training, with a floor -------------------------------------------------------------------
+
+
+def _by_hand(probe: Probe, model: Any, key: str) -> Any:
+    """The same training by hand: what a row trains, in a backbone of its own."""
+    backbone = probe.backbone().requires_grad_(False)
+    before = set(backbone.parameters())
+    {"lora": by_hand.lora}.get(key.partition("_")[2], by_hand.stack)(backbone, model, "a0")
+    for parameter in set(backbone.parameters()) - before:
+        parameter.requires_grad_(True)
+    return backbone.train()
+
+
+def _same_gradients(probe: Probe, model: Any, backbone: Any) -> None:
+    """Requires that a step gives the same gradients, dropout left aside.
+
+    Raises:
+        AssertionError: If it does not.
+    """
+    sides = []
+    for each in (model, backbone):
+        trained = [one for one in each.parameters() if one.requires_grad]
+        found = training.gradients(each.eval(), probe.inputs(probe.train), trained)
+        sides.append(sorted((one.float().norm() for one in found), key=float))
+        each.train()
+    near = 1e-3 if probe.dtype == "float32" else 0.15
+    torch.testing.assert_close(*map(torch.stack, sides), rtol=near, atol=near / 100)
+
+
+def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    model = library.trained(OURS, probe, **library.ROWS[key][1])
+    stir(model.adapters)
+    backbone = _by_hand(probe, model, key)
+    _same_gradients(probe, model, backbone)
+    trials = {
+        "flexheads": library.training_trial(probe, model),
+        "floor": library.training_trial(probe, backbone),
+    }
+    return compare(trials, repeats, probe.clocks)
+
+
+def _kept(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    """The floor is without dropout: its masks need not be kept, they can be drawn again."""
+    model = library.trained(OURS, probe, **library.ROWS[key][1])
+    backbone = _by_hand(probe, model, key)
+    training.without_dropout(backbone.modules())
+    inputs = probe.inputs(probe.keep)
+    return {
+        "flexheads": Found(training.kept(model, inputs)),
+        "floor": Found(training.kept(backbone, inputs)),
+    }
+
+
+def _kept_full(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    return {"bare": Found(training.kept(training.fine_tuned(probe), probe.inputs(probe.keep)))}
+
+
+# --- all rows ---------------------------------------------------------------------------------
+
+
+def _alike(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    found = {"flexheads": library.measured(OURS, probe, key, repeats)}
+    if key in by_hand_files.ROWS:
+        found["floor"] = by_hand_files.measured(probe, key, repeats)
+    return found
+
+
+MEASURES: dict[str, Callable[[Probe, str, int], dict[str, Found]]] = {
+    **dict.fromkeys(works.TRIALS, works.measured),
+    **dict.fromkeys(library.ROWS, _alike),
+    **dict.fromkeys([key for key in library.ROWS if key.startswith("training")], _training),
+    **dict.fromkeys([key for key in library.ROWS if key.startswith("kept")], _kept),
+    "kept_full": _kept_full,
+    **dict.fromkeys(compiled.ROWS, compiled.measured),
+}
