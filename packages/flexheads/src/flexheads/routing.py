@@ -54,6 +54,12 @@ class Routing:
         """The same chains, with the chain of each row."""
         return replace(self, index=tuple(index), tasks=None)
 
+    def repeated(self, times: int) -> Routing:
+        """The same for a batch in which each row stands so many times, one behind the other."""
+        sizes = None if self.sizes is None else tuple(size * times for size in self.sizes)
+        index = self.index and tuple(chain for chain in self.index for _ in range(times))
+        return replace(self, sizes=sizes, index=index, repeat=1)
+
     def rows(self, batch: int) -> tuple[list[int] | slice, ...]:
         """The rows of each chain in a batch of `batch` rows (already repeated).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from flexheads.methods.base import (
     new_linear,
     seeded,
 )
+from flexheads.methods.bottleneck_bank import BottleneckBank
 from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.sites.base import AttachedSite
+from flexheads.sites.direct import linear, quiet
 from flexheads.sites.residual import ResidualPart, Stream
 
 _ROLES = {
@@ -116,14 +118,21 @@ class Bottleneck(ResidualPart):
         """The scaled output, without dropout, gate and norm: what AdapterFusion attends to."""
         config = self.config
         inner = hidden if self.norm_before is None else self.norm_before(hidden)
-        up: Tensor = self.up(self.activation(self.down(inner)))
+        own = self._modules  # quicker than attributes
+        down, activation, up_again = own["down"], own["activation"], own["up"]
+        inner = linear(down, inner)
+        inner = activation.forward(inner) if quiet(activation) else activation(inner)
+        up = linear(up_again, inner)
         if self.training and config.stochastic_depth > 0.0:
             up = _drop_rows(up, config.stochastic_depth)
         return up * self.scaling if config.scaling != 1 else up
 
     def delta(self, hidden: Tensor) -> Tensor:
         """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
-        delta: Tensor = self.dropout(self.fused(hidden))
+        delta = self.fused(hidden)
+        dropout = self._modules["dropout"]
+        if dropout.training or not quiet(dropout):
+            delta = dropout(delta)
         if self.gate is not None:
             delta = delta * gate_scores(self, self.gate, hidden)
         return delta
@@ -141,6 +150,45 @@ class Bottleneck(ResidualPart):
             r: Any = stream.r
             return Stream(delta + r, delta, r, stream.norm)
         return stream.add(delta, skip)
+
+    def bank(self, parts: Sequence[ResidualPart | None]) -> BottleneckBank | None:
+        if None in parts and not self._adds_to_x:
+            return None  # a row without an adapter is more than one to which nothing is added
+        alike = all(part is None or self._is_alike(part) for part in parts)
+        return BottleneckBank(parts) if alike else None  # type: ignore[arg-type]
+
+    @property
+    def _adds_to_x(self) -> bool:
+        """Whether it does nothing but add to the sub-layer's result."""
+        config = self.config
+        around_x = config.residual_before_ln is True or not config.original_ln_before
+        return not self.replaces_norm and (config.is_parallel or around_x)
+
+    def _is_alike(self, part: ResidualPart) -> bool:
+        """Whether another part differs in its numbers only, so that both can be one product."""
+        return (
+            type(part) is Bottleneck
+            and type(self.down) is type(part.down) is nn.Linear
+            and self.down.weight.shape == part.down.weight.shape
+            and not any((part.norm_before, part.norm_after, part.gate))
+            and _kind(part) == _kind(self)
+        )
+
+
+def _kind(part: Bottleneck) -> tuple[object, ...]:
+    """What of a bottleneck without norms and gates is no number that it learns."""
+    config = part.config
+    scaling = part.scaling.shape if isinstance(part.scaling, nn.Parameter) else None
+    return (
+        part.sees,
+        part.needs,
+        part.replaces_norm,
+        config.residual_before_ln,
+        config.non_linearity,
+        config.stochastic_depth,
+        part.dropout.p,
+        scaling,
+    )
 
 
 class BottleneckMethod(AdapterMethod):

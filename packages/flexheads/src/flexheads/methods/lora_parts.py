@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_bank import DeltaBank, ScalingBank
 from flexheads.methods.lora_configs import LoRAConfig
+from flexheads.sites.direct import quiet
 from flexheads.sites.linear import LinearPart
 from flexheads.sites.projection import Projection
 
@@ -75,7 +77,10 @@ class Scaling(_Gated):
 
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
-        scale = self.lora_B.view(-1) * self.factor(hidden.to(self.lora_B.dtype))
+        vector = self.lora_B
+        if self.gate is None and self.scaling == 1 and vector.dtype == output.dtype:
+            return output * vector.view(-1)
+        scale = vector.view(-1) * self.factor(hidden.to(vector.dtype))
         return output * scale.to(output.dtype)
 
     def bank(self, parts: Sequence[LinearPart | None]) -> ScalingBank | None:
@@ -133,17 +138,18 @@ class Delta(_Gated):
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         hidden = hidden.to(self.dtype)
-        dropped = self.dropout(hidden) if self.training else hidden
-        if self.m is None and self.gate is None:
-            return self.add_to(output, dropped)
-        change = (self.product(dropped) * self.factor(hidden)).to(output.dtype)
+        product = self.product(self.dropped(hidden))
+        if self.gate is None and self.m is None and product.dtype == output.dtype:
+            return torch.add(output, product, alpha=self.scaling)
+        change = (product * self.factor(hidden)).to(output.dtype)
         if self.m is None:
             return output + change
         return self.turned(output, change, self.ratio(projection), projection)
 
-    def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
-        """``y + scaling * D x``."""
-        return output + (self.product(hidden) * self.scaling).to(output.dtype)
+    def dropped(self, hidden: Tensor) -> Tensor:
+        """The input behind the dropout."""
+        dropout: Any = self._modules["dropout"]  # quicker than an attribute
+        return dropout(hidden) if dropout.training or not quiet(dropout) else hidden
 
     def ratio(self, projection: Projection) -> Tensor:
         """``m / ||W + scaling * D||`` for each output, ``(out,)``, of a part with a magnitude."""
@@ -221,13 +227,6 @@ class LowRank(Delta):
         self.lora_B = nn.Parameter(torch.empty(projection.out_features, config.r))
         draw(self.lora_A, self.lora_B, config.init_weights)
 
-    def add_to(self, output: Tensor, hidden: Tensor) -> Tensor:
-        if output.dtype != hidden.dtype or torch.is_autocast_enabled(output.device.type):
-            return super().add_to(output, hidden)
-        inner = functional.linear(hidden, self.lora_A).flatten(0, -2)
-        added = torch.addmm(output.flatten(0, -2), inner, self.lora_B.t(), alpha=self.scaling)
-        return added.view(output.shape)
-
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
 
@@ -260,8 +259,6 @@ class Anchored(LowRank):
         self.register_buffer("initial_B", up.clone())
         self.initial_A: Tensor
         self.initial_B: Tensor
-
-    add_to = Delta.add_to
 
     def product(self, hidden: Tensor) -> Tensor:
         initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)

@@ -26,6 +26,7 @@ from flexheads.models.generation_rows import (
     rows_without,
     sees_all,
 )
+from flexheads.models.task_ids import at_rows
 from flexheads.models.tasks import take_tasks
 from flexheads.plan import Plan
 from flexheads.specs import ArchitectureSpec
@@ -76,7 +77,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
             CompositionError: If the setup does not fit the batch.
         """
         adapter_names, head = take_tasks(kwargs, self, adapter_names, head)
-        plan = self._call_plan(adapter_names, head)
+        plan = self._plan_of_call(adapter_names, head, kwargs.pop("task_ids", None))
         self._check_writes(plan)
         original: Any = super()
         names = tuple(inspect.signature(original.generate).parameters)
@@ -137,11 +138,14 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
 
         @functools.cache
         def expanded(times: int) -> GenerationPlan:
-            setup = repeat_setup(plan.setup, routing, times)
             heads = tuple(repeat_route(route, times) for route in plan.heads)
+            if routing.index is not None:
+                own = dataclasses.replace(plan, heads=heads)
+                return as_generation(at_rows(own, routing.repeated(times)))
+            setup = repeat_setup(plan.setup, routing, times)
             return as_generation(self._make_plan(setup, heads, plan.skip_layers))
 
-        own = as_generation(plan, routing=routing, rows=rows_named(plan), expanded=expanded)
+        own = as_generation(plan, routing=routing, named=rows_named(plan), expanded=expanded)
         plans.keep(("generation", plan), own)
         return own
 

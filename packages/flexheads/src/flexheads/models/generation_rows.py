@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
-from flexheads.composition import BatchSplit, Block, Rows, Setup, Stack
+from flexheads.composition import BatchSplit, Block, Setup, Stack
 from flexheads.errors import UnsupportedError
 from flexheads.heads.base import PredictionHead
 from flexheads.heads.language_modeling import LanguageModelHead
@@ -18,7 +18,7 @@ from flexheads.models.container import NamedModules
 from flexheads.models.inputs import batch_size, repeat_rows
 from flexheads.plan import HeadRoute, Plan
 from flexheads.routing import Chain, Routing
-from flexheads.sites.rows import RowMap
+from flexheads.sites.rows import KnownRows
 
 _ADDED = ("cache_position",)
 """What transformers hands to each step by itself, in releases before 5."""
@@ -29,11 +29,11 @@ class GenerationPlan(Plan):
     """The plan of a whole generation, which repeats rows for beams and returned sequences.
 
     Attributes:
-        rows: How many rows it names; None where it holds for any number.
+        named: How many rows it names; None where it holds for any number.
         expanded: The plan in which each row stands so many times, one behind the other.
     """
 
-    rows: int | None = None
+    named: int | None = None
     expanded: Callable[[int], GenerationPlan] | None = None
 
     def check_rows(self, rows: int | None) -> None:
@@ -48,9 +48,10 @@ class GenerationPlan(Plan):
 
     def for_rows(self, rows: int) -> GenerationPlan:
         """The plan for a batch of `rows` rows; this one where it names them, or cannot fit."""
-        if self.expanded is None or not self.rows or rows == self.rows or rows % self.rows:
+        named = self.named
+        if self.expanded is None or not named or rows == named or rows % named:
             return self
-        return self.expanded(rows // self.rows)
+        return self.expanded(rows // named)
 
 
 def joined(outputs: Sequence[tuple[HeadRoute, Any]], plan: Plan, backbone: Any) -> Any:
@@ -65,7 +66,7 @@ def joined(outputs: Sequence[tuple[HeadRoute, Any]], plan: Plan, backbone: Any) 
     if len(outputs) == 1 and sees_all(route, plan):
         return first
     parts = [output.logits for _, output in sorted(outputs, key=lambda pair: pair[0].chain or 0)]
-    logits = RowMap(route.routing or plan.routing).merge(parts)
+    logits = KnownRows(route.routing or plan.routing).merge(parts)
     return head_output(type(first), backbone, loss=None, logits=logits)
 
 
@@ -143,12 +144,10 @@ def as_generation(plan: Plan, **changes: Any) -> GenerationPlan:
 
 
 def repeat_setup(setup: Block | None, routing: Routing, times: int) -> Block | None:
-    """A setup in which each row stands so many times, with chains in the same order."""
-    blocks = [_block_of(chain) for chain in routing.chains]
-    if routing.index is not None:
-        return Rows([blocks[chain] for chain in routing.index for _ in range(times)])
+    """A setup that shares out rows, where each row stands so many times; chains stay in order."""
     if routing.sizes is None or routing.single:
         return setup
+    blocks = [_block_of(chain) for chain in routing.chains]
     return BatchSplit(*blocks, batch_sizes=[size * times for size in routing.sizes])
 
 
@@ -159,13 +158,7 @@ def _block_of(chain: Chain) -> Setup:
 def repeat_route(route: HeadRoute, times: int) -> HeadRoute:
     """The route of a head where each row stands so many times."""
     own = route.routing
-    if own is None:
-        return route
-    sizes = None if own.sizes is None else tuple(size * times for size in own.sizes)
-    index = None if own.index is None else tuple(c for c in own.index for _ in range(times))
-    return dataclasses.replace(
-        route, routing=dataclasses.replace(own, sizes=sizes, index=index, repeat=1)
-    )
+    return route if own is None else dataclasses.replace(route, routing=own.repeated(times))
 
 
 def rows_in(inputs: Mapping[str, Any], names: Sequence[str]) -> int | None:

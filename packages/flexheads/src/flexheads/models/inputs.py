@@ -21,6 +21,18 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
     return next((int(value.shape[0]) for value in rowed), 0)
 
 
+def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
+    """How many rows the batch may be said to have: those of each tensor, or of all its choices."""
+    sizes: dict[int, None] = {}
+    for name, value in inputs.items():
+        if not _batched(value) or name in _WITHOUT_ROWS:
+            continue
+        flat = 2 + (name == "inputs_embeds")
+        choices = (name in _TOKEN_INPUTS or name == "inputs_embeds") and value.dim() > flat
+        sizes[value.shape[0] * value.shape[1] if choices else value.shape[0]] = None
+    return list(sizes)
+
+
 def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Repeats the batch, whole after whole, in every tensor that carries it."""
     batch = batch_size(inputs)

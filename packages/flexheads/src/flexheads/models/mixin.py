@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,19 +12,22 @@ from transformers import PreTrainedModel
 
 from flexheads.composition import Block, Fuse, Setup, parse_composition
 from flexheads.errors import ConfigError, FlexheadsError, UnknownNameError, UnsupportedError
-from flexheads.methods.base import Adapter, is_shared
+from flexheads.methods.base import Adapter, AddressedModules, is_shared
 from flexheads.methods.config import AdapterConfig, load_config
 from flexheads.methods.fusion import AdapterFusion
 from flexheads.models.container import NamedModules
 from flexheads.models.merging import MergingMixin
+from flexheads.models.task_ids import at_rows, by_first_row, with_task_ids
 from flexheads.models.summary import AdapterSummary, summarise
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
+from flexheads.routing import route
 from flexheads.sites.attach import Attachment
 from flexheads.sites.base import place
 from flexheads.sites.plan_cache import PlanCache
 from flexheads.sites.runtime import plan_checkpoints
 from flexheads.specs import ArchitectureSpec
+
 
 class AdapterModelMixin(MergingMixin):
     """Named adapters on a transformers model.
@@ -182,13 +186,16 @@ class AdapterModelMixin(MergingMixin):
 
     def _sync(self, adapters: Iterable[Adapter], *fusions: AdapterFusion) -> None:
         """Registers the hooks that these rely on, with the fusions in the model, and no others."""
-        modules = [*adapters, *self.adapter_fusions.values(), *fusions]
-        self._attachment.sync(module.parts for module in modules)
+        modules: list[AddressedModules] = [*adapters, *self.adapter_fusions.values(), *fusions]
+        for module in modules:
+            if module.hooks is None:
+                module.hooks = self._attachment.hooks_for(module.parts)
+        self._attachment.sync(module.hooks for module in modules if module.hooks is not None)
 
     def _changed(self) -> None:
         """Brings what is derived from adapters and heads up to date."""
         config = self._attachment.backbone.config
-        config.adapters = {name: a.config.to_dict() for name, a in self.adapters.items()}
+        config.adapters = {name: a.described() for name, a in self.adapters.items()}
         runtime = self._attachment.runtime
         runtime.plans = PlanCache()
         active = runtime.active
@@ -241,6 +248,8 @@ class AdapterModelMixin(MergingMixin):
         """Makes a setup the active one; None keeps the layers that are skipped."""
         runtime = self._attachment.runtime
         skip = runtime.active.skip_layers if skip_layers is None else skip_layers
+        if self._attachment.repeater.skip(skip):
+            self._sync(self.adapters.values())
         runtime.active = self._make_plan(setup, heads, skip)
 
     def _heads_for(
@@ -265,13 +274,28 @@ class AdapterModelMixin(MergingMixin):
         heads: tuple[HeadRoute, ...],
         skip_layers: tuple[int, ...] = (),
     ) -> Plan:
+        plans = self._attachment.runtime.plans
         names = () if block is None else block.names()
         if unknown := [name for name in names if name not in self.adapters]:
             raise UnknownNameError("adapter", unknown[0], self.adapters, "Add or load it first.")
         parts = {n: {} if n in self._merged else self.adapters[n].parts for n in names}
         fuses = [b.name for b in (block.blocks() if block else ()) if isinstance(b, Fuse)]
         fusions = {name: self.adapter_fusions[name].parts for name in fuses}
-        return self._attachment.plan(block, parts, heads, fusions, skip_layers)
+        routing = route(block)
+        if routing.index is None or routing.repeat > 1:
+            return self._attachment.plan(block, parts, heads, fusions, skip_layers)
+        key = ("any rows", routing.chains, skip_layers)
+        plan = None if torch.compiler.is_compiling() else plans.get(key)
+        if plan is None:
+            plan = self._attachment.plan(block, parts, (), fusions, skip_layers)
+            if not torch.compiler.is_compiling():
+                plan = plans.keep(key, plan)
+        own = dataclasses.replace(plan, setup=block, heads=by_first_row(heads, routing))
+        return at_rows(own, routing)
+
+    def _plan_of_call(self, adapter_names: Setup, head: Any = None, task_ids: Any = None) -> Plan:
+        """The plan of one call, with the rows of a `MultiTask`."""
+        return with_task_ids(self._call_plan(adapter_names, head), task_ids)
 
     def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
         """The plan of one call; None means what is active, an empty list no adapter."""

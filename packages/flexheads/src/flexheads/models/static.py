@@ -28,13 +28,14 @@ from flexheads.models.mixin import AdapterModelMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.setups import SetupMixin
 from flexheads.models.signature import signed
+from flexheads.models.task_ids import check_rows, numbered
 from flexheads.models.static_heads import StaticHead
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import argument_names, compiled
 from flexheads.sites.finding import holds
 
-_ARGUMENTS = ("adapter_names", *ARGUMENTS)
+_ARGUMENTS = ("adapter_names", "task_ids", *ARGUMENTS)
 
 
 class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
@@ -57,11 +58,14 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (self.static_class,), self.__dict__
 
-    def _planned_forward(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
+    def _planned_forward(
+        self, *args: Any, adapter_names: Setup = None, task_ids: Any = None, **kwargs: Any
+    ) -> Any:
         if asked := take_asked(kwargs):
-            call = functools.partial(self.forward, *args, adapter_names=adapter_names, **kwargs)
-            return with_scores(self, asked, call)
-        plan = self._call_plan(adapter_names)
+            how: Any = {"adapter_names": adapter_names, "task_ids": task_ids}
+            return with_scores(self, asked, functools.partial(self.forward, *args, **how, **kwargs))
+        plan = self._plan_of_call(adapter_names, task_ids=task_ids)
+        check_rows(plan, dict(zip(self.input_names, args, strict=False)) | kwargs)
         if plan.routing.repeat > 1:
             kwargs = repeat_rows(
                 dict(zip(self.input_names, args, strict=False)) | kwargs, plan.routing.repeat
@@ -82,9 +86,11 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
             kwargs["adapter_names"] = adapter_names
         original: Any = self.static_class
         generate = original.generate
+        if isinstance(kwargs.get("task_ids"), (list, tuple)):  # a tensor is repeated for beams
+            kwargs["task_ids"] = numbered(self._call_plan(adapter_names), kwargs["task_ids"])
         if not getattr(self.config, "is_encoder_decoder", False):
             return generate(self, *args, **kwargs)
-        plan = self._call_plan(adapter_names)
+        plan = self._plan_of_call(adapter_names, task_ids=kwargs.pop("task_ids", None))
         if plan.routing.repeat > 1:
             raise CompositionError(
                 f"{plan.setup!r} repeats the batch, which the encoder of a {type(self).__name__} "

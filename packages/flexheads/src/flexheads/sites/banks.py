@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flexheads.sites.direct import quiet
 from flexheads.sites.rows import Chosen, RowMap
 
 PartT = TypeVar("PartT", bound=nn.Module)
@@ -153,6 +154,6 @@ def chain_bank(chains: Sequence[Sequence[Any]], changed: int) -> ChainBank | Non
 
 def _watched(module: nn.Module) -> bool:
     """Whether something hooks a module, or keeps its weights elsewhere until it is called."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    if not quiet(module):
         return True
     return any(p is not None and p.device.type == "meta" for p in module._parameters.values())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import AttachedSite, first_argument, first_tensor
+from flexheads.sites.direct import quiet
 from flexheads.sites.output import OutputPart
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -76,6 +78,36 @@ class ResidualPart(nn.Module):
         """What AdapterFusion attends to, from what `enter` gives; the same shape."""
         raise NotImplementedError
 
+    def bank(self, parts: Sequence[ResidualPart | None]) -> Bank[Any] | None:
+        """What runs parts of different rows as one product; None where nothing can.
+
+        Args:
+            parts: The part of each chain, this one among them, or None.
+        """
+        return None
+
+
+class Ran(NamedTuple):
+    """What has become of the stream of each chain that has rows, or of all rows together.
+
+    Attributes:
+        streams: The streams behind the parts.
+        replaces: For each, whether the last part stands in for the layer norm (or the addition).
+        rows: What puts them together; None where one stream has all rows.
+    """
+
+    streams: Sequence[Stream]
+    replaces: Sequence[bool]
+    rows: RowMap | None
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of each stream."""
+        return [tensor] if self.rows is None else self.rows.split(tensor)
+
+    def merge(self, tensors: Sequence[Any]) -> Tensor:
+        """One tensor from those of all streams."""
+        return tensors[0] if self.rows is None else self.rows.merge(tensors)
+
 
 class ResidualOp(NamedTuple):
     """What a residual site does in one plan."""
@@ -87,21 +119,37 @@ class ResidualOp(NamedTuple):
     """For each chain, whether its last part stands in for the layer norm (or the addition)."""
     norms: tuple[tuple[OutputPart, ...], ...] = ()
     """For each chain, the parts at the layer norm itself; empty where there are none."""
+    bank: ChainBank | None = None
+    """What runs all chains as one product, where their parts are of one shape."""
+    straight: bool = False
+    """Whether one chain changes `total`, and reads no more than that."""
+    early: bool = False
+    """Whether the chains change the sub-layer's result, before it is added to anything."""
 
-    def run(self, stream: Stream) -> list[Any]:
+    def run(self, stream: Stream) -> Ran:
         """The stream of each chain, behind its parts."""
-        count = len(self.chains)
-        norms: list[Any] = [partial(_normed, stream.norm, parts) for parts in self.norms]
-        norms = norms or [stream.norm] * count
         if self.rows is None:
-            return [_run(self.chains[0], stream._replace(norm=norms[0]))]
-        total, x, r = ([None] * count if t is None else self.rows.split(t) for t in stream[:3])
-        streams = (Stream(*own) for own in zip(total, x, r, norms, strict=True))
-        return [_run(parts, own) for parts, own in zip(self.chains, streams, strict=True)]
+            if self.norms:
+                stream = stream._replace(norm=partial(_normed, stream.norm, self.norms[0]))
+            return Ran([_run(self.chains[0], stream)], self.replaces, None)
+        given = next(tensor for tensor in stream[:3] if tensor is not None)
+        if self.bank is not None and not self.norms and given.dim() == 3:
+            together = self.bank(self.rows, given, stream)
+            if together is not None:
+                return Ran([together], self.replaces[:1], None)
+        return self._run_each(stream, self.rows, given.shape[0])
 
-    def merge(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor from those of all chains."""
-        return tensors[0] if self.rows is None else self.rows.merge(tensors)
+    def _run_each(self, stream: Stream, rows: RowMap, batch: int) -> Ran:
+        """The chains one by one."""
+        present = rows.present(batch)
+        split = [[None] * len(present) if t is None else rows.split(t) for t in stream[:3]]
+        streams = []
+        for number, *own in zip(present, *split, strict=True):
+            norm = stream.norm
+            if self.norms:
+                norm = partial(_normed, norm, self.norms[number])
+            streams.append(_run(self.chains[number], Stream(*own, norm)))
+        return Ran(streams, [self.replaces[number] for number in present], rows)
 
 
 def _normed(norm: Any, parts: Sequence[OutputPart], given: Tensor) -> Tensor:
@@ -113,7 +161,10 @@ def _normed(norm: Any, parts: Sequence[OutputPart], given: Tensor) -> Tensor:
 
 def _run(parts: Sequence[ResidualPart], stream: Stream) -> Stream:
     for part in parts:
-        stream = part(stream)
+        if isinstance(part, nn.Module) and quiet(part):
+            stream = part.forward(stream)
+        else:
+            stream = part(stream)
     return stream
 
 
@@ -121,7 +172,8 @@ class AttachedResidual(AttachedSite):
     """A residual site in a live model; its parts are `ResidualPart`.
 
     Hooks: post-LN layers are entered before the norm (``enter``), with taps for ``x`` and ``r``
-    where a part reads them and a hook behind the norm (``leave``) where it is replaced. Pre-LN
+    where a part reads them and a hook behind the norm (``leave``) where it is replaced; parts that
+    read ``x`` alone can change it at its tap. Pre-LN
     layers are entered behind the sub-layer's output (``enter``), with a tap for ``r``, and one for
     the sub-layer ``beside``.
 
@@ -158,6 +210,8 @@ class AttachedResidual(AttachedSite):
 
     def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
+        if self._is_early(needs, part.replaces_norm):
+            return frozenset({"x"})
         hooks = {"enter"}
         if self.norm is not None:
             hooks |= needs & {"x", "r"}
@@ -196,14 +250,32 @@ class AttachedResidual(AttachedSite):
             needs |= {"r"}
         if self.added and "x" in needs:
             needs |= {"r"}
-        return ResidualOp(tuple(map(tuple, chains)), rows, needs, replaces)
+        bank = None
+        if rows is not None and len(set(replaces)) == 1:
+            bank = chain_bank(chains, changed=0)
+        straight = rows is None and needs == {"total"} and not any(replaces)
+        early = self._is_early(needs, any(replaces))
+        own = tuple(map(tuple, chains))
+        return ResidualOp(own, rows, needs, replaces, (), bank, straight, early)
+
+    def _is_early(self, needs: Collection[str], replaces: bool) -> bool:
+        """Whether parts act on the sub-layer's result itself, though a norm follows the addition.
+
+        They do where they need nothing else, and what gives the result is the dropout just before
+        the addition.
+        """
+        ends = self.norm is not None and isinstance(self.output, nn.Dropout) and not self.added
+        return ends and needs == {"x"} and not replaces
 
     # --- taps -------------------------------------------------------------------------------
 
-    def _tap_output(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _tap_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         op = self.planned()
+        if op is not None and op.early:
+            return self._after_output(module, args, output)
         if op is not None and (self.added or "x" in op.needs):
             self.runtime.put(self.address + ".x", first_tensor(output))
+        return None
 
     def _tap_residual(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         op = self.planned()
@@ -232,8 +304,11 @@ class AttachedResidual(AttachedSite):
 
     def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         op: ResidualOp | None = self.planned()
-        if op is None:
+        if op is None or op.early:
             return None
+        if op.straight and not op.norms:
+            total = _run(op.chains[0], Stream(args[0], None, None, module.forward)).total
+            return (total, *args[1:])
         if self.added:
             given = self.runtime.take(self.address + ".x")
             if given is None:
@@ -242,24 +317,22 @@ class AttachedResidual(AttachedSite):
             x = given - r if "x" in op.needs else None
         else:
             x, r = self._take("x", op), self._take("r", op)
-        streams = op.run(Stream(args[0], x, r, module.forward))
+        ran = op.run(Stream(args[0], x, r, module.forward))
         if any(op.replaces):
-            self.runtime.put(self.address + ".out", streams)
+            self.runtime.put(self.address + ".out", ran)
         # Where the norm is replaced its result is dropped, so any input will do.
-        totals = [s.x if s.total is None else s.total for s in streams]
-        return (op.merge(totals), *args[1:])
+        totals = [s.x if s.total is None else s.total for s in ran.streams]
+        return (ran.merge(totals), *args[1:])
 
     def _after_norm(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         op: ResidualOp | None = self.planned()
         if op is None or not any(op.replaces):
             return None
-        streams = self.runtime.take(self.address + ".out")
-        if streams is None:
+        ran: Ran | None = self.runtime.take(self.address + ".out")
+        if ran is None:
             return None
-        normed = [output] if op.rows is None else op.rows.split(output)
-        return op.merge(
-            [s.x if w else n for s, n, w in zip(streams, normed, op.replaces, strict=True)]
-        )
+        normed = zip(ran.streams, ran.split(output), ran.replaces, strict=True)
+        return ran.merge([s.x if replaced else own for s, own, replaced in normed])
 
     # --- pre-LN -----------------------------------------------------------------------------
 
@@ -278,16 +351,14 @@ class AttachedResidual(AttachedSite):
         total = None
         if "total" in op.needs:
             total = x if self.alone else x + r
-        streams = op.run(Stream(total, x, r, None))
+        norm: Any = None if self.norm is None else self.norm.forward
+        ran = op.run(Stream(total, x, r, norm))
+        pairs: Any = zip(ran.streams, ran.replaces, strict=True)
         if self.added:
-            result = op.merge(
-                [s.x if w else s.x + s.r for s, w in zip(streams, op.replaces, strict=True)]
-            )
+            result = ran.merge([s.x if replaced else s.x + s.r for s, replaced in pairs])
         else:
             # The layer adds r; where a part's result is the layer's, that must come to nothing.
-            result = op.merge(
-                [s.x - s.r if w else s.x for s, w in zip(streams, op.replaces, strict=True)]
-            )
+            result = ran.merge([s.x - s.r if replaced else s.x for s, replaced in pairs])
         result = self.folded_as(given, result)
         return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
 
