@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from flexheads.configs import Config
 from flexheads.errors import ConfigError
 from flexheads.methods.base import AddressedModules
+from flexheads.methods.folding import FoldedFusion, folded
 from flexheads.sites.recording import record
 
 _FIRST_TEMPERATURE = 50.0
@@ -140,6 +141,14 @@ class FusionPart(nn.Module):
         # The projection has no bias, so that of the mean is the mean of those.
         context = torch.matmul(attention.unsqueeze(-2), ups).squeeze(-2)
         return context if self.value is None else self.value(context)
+
+    def folded(self, parts: Sequence[Any]) -> FoldedFusion | None:
+        """Itself and the adapters as fewer products, for inference; None where that cannot be.
+
+        Args:
+            parts: The adapters' parts here, in order.
+        """
+        return folded(self, parts)
 
     def _as_keys_see(self, asked: Tensor) -> Tensor:
         """What outputs u are multiplied by: ``q . (K u) = (q K) . u``, so that K acts once."""

@@ -18,6 +18,7 @@ from flexheads.methods.config import AdapterConfig
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.sites.attention import AttachedAttention, AttentionPart
 from flexheads.sites.base import AttachedSite
+from flexheads.sites.derived import Derived
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,17 +183,28 @@ class PrefixPart(AttentionPart):
         self.pool, self.layer, self.length = (pool,), layer, length
         gates = 1 if config.shared_gating else 2
         self.gate = new_gate(width, gates) if config.use_gating else None
+        self._kept: Derived[Tensor] = Derived()
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values: two tensors ``(batch, heads, length, head size)``."""
-        (pool,) = self.pool
-        states = pool.states(self.layer)[:, :, : self.length]
-        states = states.unsqueeze(1).expand(-1, hidden.shape[0], -1, -1, -1)
-        keys, values = pool.dropout(states)
+        rows = hidden.shape[0]
+        states = self._kept.get(self.pool, self._ready)
+        if states is None:
+            states = self.pool[0].dropout(self._states().expand(-1, rows, -1, -1, -1))
+        elif rows > 1:
+            states = states.expand(-1, rows, -1, -1, -1)
+        keys, values = states.unbind(0)
         if self.gate is None:
             return keys, values
         gate = gate_scores(self, self.gate, hidden)[..., None, None]
         return keys * gate[:, 0], values * gate[:, -1]
+
+    def _states(self) -> Tensor:
+        """Keys and values for any row: ``(2, 1, heads, length, head size)``."""
+        return self.pool[0].states(self.layer)[:, None, :, : self.length]
+
+    def _ready(self) -> Tensor:
+        return self._states().contiguous()
 
 
 class NoPrefix(AttentionPart):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import attrgetter, contains, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -36,20 +35,20 @@ class Derived(Generic[T]):
         return type(self), ()
 
     def get(
-        self, modules: Sequence[nn.Module], compute: Callable[[], T], facts: object = None
+        self, modules: tuple[nn.Module, ...], compute: Callable[[], T], *attributes: str
     ) -> T | None:
         """The value; None where it must not be kept now, so that the caller computes otherwise.
 
         Args:
             modules: The modules that it is computed from, with all that is in them.
             compute: Computes it.
-            facts: What else it is computed from; compared by ``==``.
+            attributes: Names of what else of them it is computed from, beside their tensors.
         """
         if watched():
             return None
         kept = self._kept
-        if kept is None or not kept.holds(modules, facts):
-            kept = self._kept = _keep(modules, compute, facts)
+        if kept is None or not kept.holds(modules):
+            kept = self._kept = _keep(modules, compute, attributes)
         return None if kept is None else kept.value
 
 
@@ -72,9 +71,7 @@ class Snapshot:
         Writing to the ``.data`` of one in place is not noticed.
         """
         if tensors is not self._tensors:
-            if len(tensors) != len(self._tensors):
-                return False
-            if not all(map(is_, tensors, self._tensors)):
+            if not _same(tensors, self._tensors):
                 return False
             self._tensors = tensors
         return self._state == self._read()
@@ -87,21 +84,23 @@ class Snapshot:
 class _Kept(Generic[T]):
     """A value, and what has to be as it was when the value was computed."""
 
-    def __init__(self, modules: Sequence[nn.Module], facts: object) -> None:
+    def __init__(self, modules: tuple[nn.Module, ...], attributes: Sequence[str]) -> None:
         self._hooks = RemovableHandle.next_id
-        self._roots, self._facts = tuple(modules), facts
-        self._modules = _all_of(modules)
-        places = [(held, key) for m in self._modules for held in _children(m) for key in held]
-        self._owners, self._keys = zip(*places, strict=True) if places else ((), ())
-        self._held = [owner[key] for owner, key in places]
-        self._attributes = [module.__dict__ for module in self._modules]
-        self.tensors = [held for held in self._held if isinstance(held, Tensor)]
-        self._snapshot = Snapshot(self.tensors)
+        self._roots, self._modules = modules, _all_of(modules)
+        places: list[tuple[dict[str, Any], str]] = [
+            (held, key) for m in self._modules for held in _children(m) for key in held
+        ]
+        names = ("training", "forward", *attributes)
+        places += [(module.__dict__, name) for module in self._modules for name in names]
+        self._owners, self._keys = zip(*places, strict=True)
+        self._held = [owner.get(key) for owner, key in places]
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._snapshot = Snapshot(self._tensors)
         self.value: Any = None
 
-    def holds(self, modules: Sequence[nn.Module], facts: object) -> bool:
+    def holds(self, modules: tuple[nn.Module, ...]) -> bool:
         """Whether the value is still right, and may be used in this call."""
-        if len(modules) != len(self._roots) or not all(map(is_, modules, self._roots)):
+        if modules is not self._roots and not _same(modules, self._roots):
             return False
         if self._hooks != RemovableHandle.next_id:  # somewhere a hook was registered since
             self._hooks = RemovableHandle.next_id
@@ -109,26 +108,33 @@ class _Kept(Generic[T]):
                 return False
         return (
             all(map(is_, map(dict.get, self._owners, self._keys), self._held))
-            and not any(map(itemgetter("training"), self._attributes))
-            and not any(map(contains, self._attributes, repeat("forward")))
-            and self._facts == facts
-            and not wants_gradients(self.tensors)
-            and self._snapshot.holds(self.tensors)
+            and not self.wanted()
+            and self._snapshot.holds(self._tensors)
         )
 
+    def wanted(self) -> bool:
+        """Whether gradients of the weights are wanted."""
+        return wants_gradients(self._tensors)
 
-def _keep(modules: Sequence[nn.Module], compute: Callable[[], T], facts: object) -> _Kept[T] | None:
+
+def _keep(
+    modules: tuple[nn.Module, ...], compute: Callable[[], T], attributes: Sequence[str]
+) -> _Kept[T] | None:
     """The value as it has to be computed now; None where it must not be kept."""
-    if any(map(attrgetter("training"), modules)) or not all(map(_is_plain, _all_of(modules))):
+    if not all(map(_is_plain, _all_of(modules))):
         return None
     # What is read first is what a change during the computation is noticed by.
-    kept: _Kept[T] = _Kept(modules, facts)
-    if wants_gradients(kept.tensors):
+    kept: _Kept[T] = _Kept(modules, attributes)
+    if kept.wanted():
         return None
     # Tensors made in inference mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         kept.value = compute()
     return kept
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _all_of(modules: Sequence[nn.Module]) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexheads.sites.derived import Derived
 from flexheads.sites.residual import ResidualPart, Stream
 
 Branch = Sequence[Any]
@@ -16,6 +17,9 @@ Branch = Sequence[Any]
 
 class Fused:
     """AdapterFusion at a residual site: attention over what each branch would add.
+
+    In inference the attention is folded into single adapters, where they are of a kind; what is
+    computed for that is kept.
 
     Args:
         branches: The branches; the last part of each is fused, behind the others of its branch.
@@ -28,18 +32,46 @@ class Fused:
         self.replaces_norm = self.last.replaces_norm
         needs = {need for branch in branches for part in branch for need in part.needs}
         self.needs = frozenset(needs | fusion.needs)
+        self.asks_before_norm = fusion.config.query_before_ln and self.last.sees != "r"
+        self.modules: Any = (*(branch[-1] for branch in branches), fusion)
+        self.alone = all(
+            len(branch) == 1 and isinstance(part, ResidualPart) and part.sees == self.last.sees
+            for branch, part in zip(branches, self.modules, strict=False)
+        )
+        self._folded: Derived[Any] = Derived()
 
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
         hidden, skip = self.last.enter(stream)
-        before_norm = self.fusion.config.query_before_ln and self.last.sees != "r"
-        query = stream.x if before_norm else hidden
+        query: Any = stream.x if self.asks_before_norm else hidden
+        residual: Any = None
+        if self.fusion.config.residual_before:
+            residual = stream.x if skip is None else skip
+        attended = self._attend(stream, hidden, query, residual)
+        if residual is None:
+            return stream.add(attended, skip)
+        r = stream.r
+        return Stream(None if r is None else attended + r, attended, r, stream.norm)
+
+    def _attend(
+        self, stream: Stream, hidden: Tensor, query: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """The attention over what the branches give, with `residual` added to each."""
+        folded = self._fold() if self.alone else None
+        if folded is not None and folded.weight.dtype == hidden.dtype == query.dtype:
+            context: Tensor = folded(hidden, query, residual)
+            return context
         ups = torch.stack([self._up(branch, stream, hidden) for branch in self.branches], dim=2)
-        if not self.fusion.config.residual_before:
-            return stream.add(self.fusion(query, ups), skip)
-        residual: Any = stream.x if skip is None else skip
-        x, r = self.fusion(query, ups + residual.unsqueeze(2)), stream.r
-        return Stream(None if r is None else x + r, x, r, stream.norm)
+        result: Tensor = self.fusion(
+            query, ups if residual is None else ups + residual.unsqueeze(2)
+        )
+        return result
+
+    def _fold(self) -> Any:
+        """The folded attention, or None where it must not or cannot be used."""
+        return self._folded.get(
+            self.modules, lambda: self.fusion.folded(self.modules[:-1]), "scaling"
+        )
 
     def _up(self, branch: Branch, stream: Stream, hidden: Tensor) -> Tensor:
         """What a branch would add; those that see the same as the last need not look again."""
