@@ -309,6 +309,36 @@ def test_heads_come_back_from_files(tmp_path: Path, kind: str) -> None:
     assert other.heads["h"].to_dict() == json.loads(json.dumps(model.heads["h"].to_dict()))
 
 
+def test_voices_are_decoded() -> None:
+    model = tiny_model("wav2vec2")
+    model.add_xvector_head(
+        "voice", **{**ADDED["xvector"][1], "id2label": {0: "Al", 1: "Bo", 2: "Cy"}}
+    )
+    head = model.heads["voice"]
+    with torch.no_grad():
+        output = model(**tiny_inputs(model.config))
+    found = head.decode(output)
+    assert [row["embedding"] for row in found] == output.embeddings.tolist()
+    for row, logits in zip(found, output.logits, strict=True):
+        cosines = [torch.cosine_similarity(logits, way, dim=0).item() for way in head.speakers.T]
+        assert row["score"] == pytest.approx(max(cosines), abs=1e-6)
+        assert row["label"] == ["Al", "Bo", "Cy"][cosines.index(max(cosines))]
+
+
+def test_images_are_decoded() -> None:
+    for kind, name in (
+        ("masked_image_modeling", "reconstruction"),
+        ("masked_image_tokens", "logits"),
+    ):
+        architecture, config = ADDED[kind]
+        model = tiny_model(architecture)
+        getattr(model, f"add_{kind}_head")("h", **config)
+        with torch.no_grad():
+            output = model(**tiny_inputs(model.config))
+        right = output[name] if name == "reconstruction" else output[name].argmax(dim=-1)
+        assert torch.equal(torch.tensor(model.heads["h"].decode(output)), right)
+
+
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("ctc", {"labels": torch.tensor([[99], [1], [1]])}, "hold 99"),
     ("ctc", {"labels": torch.tensor([[0], [1], [1]])}, "hold the blank"),

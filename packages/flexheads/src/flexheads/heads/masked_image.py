@@ -20,6 +20,7 @@ from flexheads.heads.features import Features
 from flexheads.heads.labels import InputShape, check_numbers, check_shape
 from flexheads.heads.losses import NUMBERS
 from flexheads.heads.outputs import head_output
+from flexheads.heads.source import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,6 +109,14 @@ class MaskedImageHead(PredictionHead):
         return head_output(
             MaskedImageModelingOutput, features.output, loss=loss, reconstruction=drawn
         )
+
+    def decode(self, output: Any, source: Source | None = None, **options: Any) -> list[Any]:
+        """What is drawn for each row: its pixels as lists, ``[channel][row][column]``.
+
+        They are in the units of the model's inputs, which image processors make of colours.
+        """
+        drawn: list[Any] = output.reconstruction.float().tolist()
+        return drawn
 
     def _pixel_loss(self, drawn: Tensor, pixels: Tensor, masked: Tensor | None) -> Tensor:
         if drawn.shape != pixels.shape:

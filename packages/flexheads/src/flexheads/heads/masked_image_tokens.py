@@ -16,6 +16,7 @@ from flexheads.heads.config import FeedForwardConfig
 from flexheads.heads.features import Features
 from flexheads.heads.labels import InputShape, check_indices
 from flexheads.heads.outputs import head_output
+from flexheads.heads.source import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,3 +71,8 @@ class MaskedImageTokensHead(FeedForwardHead):
         given = labels.get("labels")
         loss = None if given is None else self.loss(scores, given)
         return head_output(MaskedLMOutput, features.output, loss=loss, logits=scores)
+
+    def decode(self, output: Any, source: Source | None = None, **options: Any) -> list[list[int]]:
+        """The token of the codebook that fits each patch best, a list of numbers for each row."""
+        found: list[list[int]] = output.logits.argmax(dim=-1).tolist()
+        return found

@@ -19,6 +19,7 @@ from flexheads.heads.features import Features
 from flexheads.heads.frames import frame_lengths
 from flexheads.heads.labels import InputShape, check_indices
 from flexheads.heads.outputs import head_output
+from flexheads.heads.source import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -124,6 +125,23 @@ class XVectorHead(PredictionHead):
             embeddings=vectors,
         )
 
+    def decode(
+        self, output: Any, source: Source | None = None, **options: Any
+    ) -> list[dict[str, Any]]:
+        """The vector of each sound, and the speaker of those trained on who is nearest.
+
+        Returns:
+            For each row ``{"embedding", "label", "score"}``: the numbers of the vector, which are
+            compared by their cosine; the nearest speaker; and the cosine to that one's direction.
+        """
+        cosines, nearest = self._cosines(output.logits).max(dim=-1)
+        found = zip(output.embeddings, nearest.tolist(), cosines.tolist(), strict=True)
+        names = self.config.id2label
+        return [
+            {"embedding": vector.float().tolist(), "label": names[number], "score": cosine}
+            for vector, number, cosine in found
+        ]
+
     def _lengths(self, features: Features) -> Tensor:
         """Real frames behind the convolutions; as in SUPERB, dilations are not counted.
 
@@ -143,10 +161,14 @@ class XVectorHead(PredictionHead):
 
     def _margin_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of scaled cosines, the right one less the margin (equations 6 and 7)."""
-        directions = functional.normalize(self.speakers, dim=0)
-        cosines = functional.normalize(logits, dim=1) @ directions
+        cosines = self._cosines(logits)
         right = functional.one_hot(labels.clamp(min=0), self.num_outputs)
         return self.loss(self.config.scale * (cosines - self.config.margin * right), labels)
+
+    def _cosines(self, logits: Tensor) -> Tensor:
+        """The cosine of each row to the direction of each speaker, ``(batch, num_labels)``."""
+        directions = functional.normalize(self.speakers, dim=0)
+        return functional.normalize(logits, dim=1) @ directions
 
 
 def _statistics(hidden: Tensor, lengths: Tensor) -> Tensor:
