@@ -132,6 +132,8 @@ class Attachment:
         layers: list[nn.Module] = []
         start = 0
         for stack in self.spec.layers if self.spec.shares_layers else ():
+            if self._lacks(stack.path):
+                continue
             start = len(layers)
             layers += [layer for _, layer in find_layers(self.backbone, stack.path, "")]
         inside = self.model is not self._called
