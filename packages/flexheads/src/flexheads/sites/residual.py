@@ -121,8 +121,8 @@ class ResidualOp(NamedTuple):
     """For each chain, the parts at the layer norm itself; empty where there are none."""
     bank: ChainBank | None = None
     """What runs all chains as one product, where their parts are of one shape."""
-    straight: bool = False
-    """Whether one chain changes `total`, and reads no more than that."""
+    straight: str = ""
+    """What one chain changes, where it reads no more than that: ``"total"`` or ``"x"``."""
     early: bool = False
     """Whether the chains change the sub-layer's result, before it is added to anything."""
 
@@ -253,8 +253,10 @@ class AttachedResidual(AttachedSite):
         bank = None
         if rows is not None and len(set(replaces)) == 1:
             bank = chain_bank(chains, changed=0)
-        straight = rows is None and needs == {"total"} and not any(replaces)
         early = self._is_early(needs, any(replaces))
+        straight = ""
+        if rows is None and len(needs) == 1 and not (any(replaces) or self.added or self.folded):
+            (straight,) = needs
         own = tuple(map(tuple, chains))
         return ResidualOp(own, rows, needs, replaces, (), bank, straight, early)
 
@@ -271,9 +273,11 @@ class AttachedResidual(AttachedSite):
 
     def _tap_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         op = self.planned()
-        if op is not None and op.early:
-            return self._after_output(module, args, output)
-        if op is not None and (self.added or "x" in op.needs):
+        if op is None:
+            return None
+        if op.early:
+            return self._changed(op, output, self.norm)
+        if self.added or "x" in op.needs:
             self.runtime.put(self.address + ".x", first_tensor(output))
         return None
 
@@ -306,7 +310,7 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None or op.early:
             return None
-        if op.straight and not op.norms:
+        if op.straight == "total" and not op.norms:
             total = _run(op.chains[0], Stream(args[0], None, None, module.forward)).total
             return (total, *args[1:])
         if self.added:
@@ -340,7 +344,25 @@ class AttachedResidual(AttachedSite):
         op: ResidualOp | None = self.planned()
         if op is None or (self.shares_output and not self.runtime.take(self.address + ".turn")):
             return None
+        return self._changed(op, output, None)
+
+    # --- the sub-layer's result itself --------------------------------------------------------
+
+    def _changed(self, op: ResidualOp, output: Any, norm: nn.Module | None) -> Any:
+        """What stands for the sub-layer's output."""
         given = first_tensor(output)
+        forward = None if norm is None else norm.forward
+        result: Any
+        if op.straight == "x" and not op.norms:
+            result = _run(op.chains[0], Stream(None, given, None, forward)).x
+        else:
+            result = self._put_together(op, given, forward)
+        return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
+
+    def _put_together(
+        self, op: ResidualOp, given: Tensor, norm: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """The sub-layer's result, made of the streams of all chains."""
         r: Any = self._take("r", op)
         if r is not None and self.beside is not None:
             r = r + self.runtime.take(self.address + ".beside")
@@ -351,7 +373,6 @@ class AttachedResidual(AttachedSite):
         total = None
         if "total" in op.needs:
             total = x if self.alone else x + r
-        norm: Any = None if self.norm is None else self.norm.forward
         ran = op.run(Stream(total, x, r, norm))
         pairs: Any = zip(ran.streams, ran.replaces, strict=True)
         if self.added:
@@ -359,8 +380,7 @@ class AttachedResidual(AttachedSite):
         else:
             # The layer adds r; where a part's result is the layer's, that must come to nothing.
             result = ran.merge([s.x - s.r if replaced else s.x for s, replaced in pairs])
-        result = self.folded_as(given, result)
-        return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
+        return self.folded_as(given, result)
 
 
 def share_outputs(sites: Iterable[AttachedSite]) -> None:
