@@ -77,7 +77,9 @@ class Scaling(_Gated):
 
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
-        vector = self.lora_B
+        vector: Any = self._parameters.get("lora_B")  # quicker than an attribute
+        if vector is None:  # something computes it
+            vector = self.lora_B
         if self.gate is None and self.scaling == 1 and vector.dtype == output.dtype:
             return output * vector.view(-1)
         scale = vector.view(-1) * self.factor(hidden.to(vector.dtype))
@@ -227,6 +229,18 @@ class LowRank(Delta):
         self.lora_B = nn.Parameter(torch.empty(projection.out_features, config.r))
         draw(self.lora_A, self.lora_B, config.init_weights)
 
+    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
+        """Maps the projection's input and result to the new result."""
+        own: Any = self._parameters  # quicker than attributes; lacks what something else computes
+        down, up, dropout = own.get("lora_A"), own.get("lora_B"), self._modules["dropout"]
+        plain = self.gate is None and self.m is None and down is not None and up is not None
+        if not plain or hidden.dtype != down.dtype or dropout.training or not quiet(dropout):
+            return super().forward(hidden, output, projection)
+        product = functional.linear(functional.linear(hidden, down), up)
+        if product.dtype != output.dtype:
+            return output + (product * self.scaling).to(output.dtype)
+        return torch.add(output, product, alpha=self.scaling)
+
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
 
@@ -259,6 +273,8 @@ class Anchored(LowRank):
         self.register_buffer("initial_B", up.clone())
         self.initial_A: Tensor
         self.initial_B: Tensor
+
+    forward = Delta.forward
 
     def product(self, hidden: Tensor) -> Tensor:
         initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)

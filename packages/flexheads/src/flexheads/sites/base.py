@@ -72,7 +72,9 @@ class AttachedSite(ABC):
 
     def planned(self) -> Any:
         """This site's part in the plan that holds, or None."""
-        return self.runtime.current().ops.get(self.address)
+        runtime = self.runtime
+        plan = runtime.thread.plan
+        return (runtime.current() if plan is None else plan).ops.get(self.address)
 
     @property
     def folding(self) -> tuple[str, ...]:

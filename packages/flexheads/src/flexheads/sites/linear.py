@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import AttachedSite, run_chains
+from flexheads.sites.direct import quiet
 from flexheads.sites.joining import undoing
 from flexheads.sites.projection import Projection
 from flexheads.sites.relative_bias import RelativeBias
@@ -141,11 +142,15 @@ class AttachedLinear(AttachedSite):
         return (self.folded_as(args[0], hidden), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        op = self._planned()
+        op: LinearOp | None = self.planned() if self.again is None else self._planned()
         if op is None:
             return None
         if op.plain:
-            return self._run(op.chains[0], args[0], output)
+            hidden, projection = args[0], self.projection
+            for part in op.chains[0]:
+                run = part.forward if quiet(part) else part
+                output = run(hidden, output, projection)
+            return output
         hidden, whole = self.unfolded(args[0]), self.unfolded(output)
         own = self.projection.of(whole)
         if op.enters and self.projection.columns is not None:

@@ -50,7 +50,7 @@ class Runtime:
         self.active = Plan()
         self.version = 0
         self.plans = PlanCache()
-        self._thread = _Thread()
+        self.thread = _Thread()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside of any call."""
@@ -62,7 +62,7 @@ class Runtime:
 
     def current(self) -> Plan:
         """The plan that holds for the running thread."""
-        plan = self._thread.plan
+        plan = self.thread.plan
         return self._outside() if plan is None else plan
 
     def chosen(self) -> Plan:
@@ -82,11 +82,11 @@ class Runtime:
 
     def entered(self) -> Plan | None:
         """The plan of the scope that the running thread is in, or None outside of any."""
-        return self._thread.plan
+        return self.thread.plan
 
     def holds(self, plan: Plan) -> bool:
         """Whether the running thread is in a scope of `plan`."""
-        return self._thread.plan is plan
+        return self.thread.plan is plan
 
     def scope(self, plan: Plan) -> Scope:
         """A context in which `plan` holds for the running thread."""
@@ -94,31 +94,31 @@ class Runtime:
 
     def put(self, key: str, value: Any) -> None:
         """Hands a value to a later hook of the same call."""
-        self._thread.values[key] = value
+        self.thread.values[key] = value
 
     def take(self, key: str) -> Any:
         """What an earlier hook of the same call has put, or None; it is gone then."""
-        return self._thread.values.pop(key, None)
+        return self.thread.values.pop(key, None)
 
     def peek(self, key: str) -> Any:
         """What an earlier hook of the same call has put, or None; it stays."""
-        return self._thread.values.get(key)
+        return self.thread.values.get(key)
 
     @contextmanager
     def apart(self, values: Mapping[str, Any]) -> Iterator[None]:
         """A context with values of its own; those of the call around it come back behind it."""
-        around, self._thread.values = self._thread.values, dict(values)
+        around, self.thread.values = self.thread.values, dict(values)
         try:
             yield
         finally:
-            self._thread.values = around
+            self.thread.values = around
 
 
 class Scope:
     """The context manager behind `Runtime.scope`; what hooks left behind is dropped on leaving."""
 
     def __init__(self, runtime: Runtime, plan: Plan) -> None:
-        self.thread, self.plan = runtime._thread, plan
+        self.thread, self.plan = runtime.thread, plan
         self.previous: Plan | None = None
 
     def __enter__(self) -> Plan:
