@@ -21,6 +21,7 @@ from flexheads.sites.composed import fitted, layer_width
 from flexheads.sites.embedding import AttachedEmbedding
 from flexheads.sites.finding import alternatives, find_layers, find_module, find_stack, first
 from flexheads.sites.hidden import AttachedHidden
+from flexheads.sites.hooking import run_first
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.output import AttachedOutput
 from flexheads.sites.planning import Planner
@@ -330,14 +331,12 @@ class Attachment:
         old = [key for key in self._handles if key not in needed]
         for key in old:
             self._handles.pop(key).remove()
-        if any(hook == "leave" for _, hook in new):  # a norm's own hook runs before it
-            for key in [k for k in self._handles if k[0] in self._norms.values()]:
-                self._handles.pop(key).remove()
-                new.append(key)
+        owners: Any = {"": self._call, REPEAT: self.repeater, **self.sites}
         for address, hook in sorted(new):
-            others = {"": self._call, REPEAT: self.repeater}
-            site = others.get(address) or self.sites[address]
-            self._handles[address, hook] = site.register(hook)
+            self._handles[address, hook] = owners[address].register(hook)
+        if any(hook == "leave" for _, hook in new):  # a norm's own hook runs before it
+            for key in [key for key in self._handles if key[0] in self._norms.values()]:
+                run_first(self._handles[key])
         self.runtime.version += 1
 
     def replace_host(self, old: nn.Module, new: nn.Module) -> None:

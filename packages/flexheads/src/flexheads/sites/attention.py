@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flexheads.errors import UnsupportedError
 from flexheads.sites.attention_masks import additive, positions, prefix_keep, widen
 from flexheads.sites.base import AttachedSite, first_argument
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import (
     CACHES,
     Joined,
@@ -195,7 +196,7 @@ class AttachedAttention(AttachedSite):
             "cache": self._enter_cache,
             "projections": self._enter_projections,
         }[self.mechanism]
-        handles = [self.host.register_forward_pre_hook(enter, with_kwargs=True)]
+        handles = [hook_before(self.host, enter)]
         if self.mechanism == "interface":
             vars(self.host)[INTERFACE] = self
             self.original = self.host.config
@@ -215,11 +216,10 @@ class AttachedAttention(AttachedSite):
         return undoing(handles, self._leave)
 
     def _leave(self) -> None:
-        vars(self.host).pop(INTERFACE, None)
         if self.bias is not None and self.mechanism == "projections":
             self.bias.leave()
-        if self.original is not None:
-            self.host.config, self.original = self.original, None
+        if self.mechanism == "interface":  # calls of other threads may still come to `attend`
+            self.host.config = self.original
 
     def op(self, chains: Sequence[Sequence[AttentionPart]], rows: RowMap | None) -> AttentionOp:
         lengths = tuple(sum(part.length for part in chain) for chain in chains)

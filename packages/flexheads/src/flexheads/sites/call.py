@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import CALL, argument_names
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import LayerSpec
@@ -39,7 +40,7 @@ class CallInputs:
         part = hook.partition(".")[2]
         host = self._holder(part) if part else self.backbone
         note = _Note(self.runtime, hook, host)
-        return host.register_forward_pre_hook(note.take, with_kwargs=True)
+        return hook_before(host, note.take)
 
     def _holder(self, part: str) -> nn.Module:
         """The module that holds the layers of a part and is called with their inputs."""

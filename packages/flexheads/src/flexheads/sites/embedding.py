@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import AttachedSite, first_argument, first_tensor, run_chains
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -70,7 +71,7 @@ class AttachedEmbedding(AttachedSite):
 
     def register(self, hook: str) -> RemovableHandle:
         if hook == "forward" and self.acts_on == "input":
-            return self.host.register_forward_pre_hook(self._before, with_kwargs=True)
+            return hook_before(self.host, self._before)
         if hook == "forward":
             return self.host.register_forward_hook(self._after, prepend=True)
         assert self.output_embeddings is not None

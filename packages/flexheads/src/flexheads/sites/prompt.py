@@ -21,6 +21,7 @@ from flexheads.sites.base import (
     run_chains,
 )
 from flexheads.sites.call import past_length
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import undoing
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -167,19 +168,19 @@ class AttachedPrompt(AttachedSite):
         handles = []
         if self.model is not self.backbone:
             handles += [
-                self.backbone.register_forward_pre_hook(self._before_call, with_kwargs=True),
+                hook_before(self.backbone, self._before_call),
                 self.backbone.register_forward_hook(self._after_call),
             ]
         if self.behind_embeddings:
             handles.append(self.host.register_forward_hook(self._after_embeddings))
             if self.holder is not self.backbone and not self.masks_late:
-                mask = self.holder.register_forward_pre_hook(self._before_layers, with_kwargs=True)
+                mask = hook_before(self.holder, self._before_layers)
                 handles.append(mask)
             if self.masks_late and "attention_mask" in self.host_names:
-                cut = self.host.register_forward_pre_hook(self._before_embeddings, with_kwargs=True)
+                cut = hook_before(self.host, self._before_embeddings)
                 handles.append(cut)
         if self.encoder is not None:
-            enter = self.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+            enter = hook_before(self.encoder, self._before_encoder)
             handles.append(enter)
         self.entered = True
         return undoing(handles, self._leave)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
 from flexheads.sites.base import CALL, Hooks, argument_names, first_argument
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import undoing
 from flexheads.sites.recording import listening
 from flexheads.sites.runtime import ONCE, Runtime
@@ -96,9 +97,8 @@ class Repeater:
             return self.entries[int(hook)].register()
         self.live, handles = True, []
         if self.inside:  # in front of all others, which see the rows that the layers see
-            register = self.called.register_forward_pre_hook
             handles = [
-                register(self._before, with_kwargs=True, prepend=True),
+                hook_before(self.called, self._before, first=True),
                 self.called.register_forward_hook(self._after, prepend=True),
             ]
         return undoing(handles, self._leave)
@@ -155,7 +155,7 @@ class _Entry:
     def register(self) -> RemovableHandle:
         """Registers the hook."""
         self.live = True
-        handle = self.layer.register_forward_pre_hook(self.before, with_kwargs=True)
+        handle = hook_before(self.layer, self.before)
         return undoing([handle], self._leave)
 
     def _leave(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import AttachedSite, HostWeights, first_argument, run_chains
+from flexheads.sites.hooking import hook_behind
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -90,7 +91,7 @@ class AttachedTokens(AttachedSite):
 
     def register(self, hook: str) -> RemovableHandle:
         if hook == "output":
-            return self.host.register_forward_hook(self._after, prepend=True, with_kwargs=True)
+            return hook_behind(self.host, self._after, first=True)
         assert self.output_embeddings is not None
         return self.output_embeddings.register_forward_hook(self._after_output, prepend=True)
 
