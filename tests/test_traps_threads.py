@@ -88,7 +88,7 @@ def test_threads_with_their_own_setups_get_the_single_threaded_answers(
 ) -> None:
     calls = calls_of(kind)
     expected = [logits(model, **call) for call in calls]
-    model._attachment.runtime.plans.clear()  # so that the threads resolve them too
+    model._changed()  # so that the threads resolve the plans too
 
     def work(number: int) -> int:
         generator = random.Random(number)
@@ -226,7 +226,7 @@ def test_a_call_that_fails_leaves_nothing_behind(model: Any, kind: str, path: st
         for handle in handles:
             handle.remove()
         assert model.active_adapters == setup
-        thread = model._attachment.runtime._thread
+        thread = model._attachment.runtime.thread
         assert thread.plan is None
         assert thread.values == {}
         assert all(
@@ -260,7 +260,7 @@ def test_refused_calls_leave_nothing_behind(model: Any, kind: str) -> None:
         with pytest.raises(error):
             logits(model, **call)
         assert torch.equal(logits(model), expected)
-    thread = model._attachment.runtime._thread
+    thread = model._attachment.runtime.thread
     assert thread.plan is None
     assert thread.values == {}
 
@@ -269,4 +269,4 @@ def test_refused_calls_leave_nothing_behind(model: Any, kind: str) -> None:
 def test_nothing_of_a_call_is_kept_alive_after_it(model: Any, kind: str) -> None:
     for name in METHODS:
         model(**tiny_inputs(model.config), adapter_names=name)
-        assert model._attachment.runtime._thread.values == {}
+        assert model._attachment.runtime.thread.values == {}
