@@ -45,7 +45,8 @@ def floor(model: Any, run: Callable[[], Any]) -> Callable[[], Any]:
     weights = [torch.stack([linear.weight.detach().t() for linear in each]) for each in linears]
     biases = [torch.stack([linear.bias.detach() for linear in each])[:, None] for each in linears]
     # Two halves, one for each thread.
-    halves = weights[0].view(2, HEADS // 2, 384, -1).transpose(1, 2).reshape(2, 384, -1)
+    width = weights[0].shape[1]
+    halves = weights[0].view(2, HEADS // 2, width, -1).transpose(1, 2).reshape(2, width, -1)
     first = biases[0].reshape(2, 1, -1)
 
     def call() -> Tensor:

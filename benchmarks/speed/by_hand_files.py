@@ -14,7 +14,7 @@ from benchmarks.speed.probe import Probe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-RANK = 8
+RANK, MANY, FILES = 8, 100, 50
 Banks = dict[str, Tensor]
 
 
@@ -31,11 +31,11 @@ def _banks(probe: Probe, count: int) -> Banks:
 
 
 def _add(probe: Probe, repeats: int) -> Found:
-    return spent(lambda: lambda: _banks(probe, 100), repeats)
+    return spent(lambda: lambda: _banks(probe, MANY), repeats)
 
 
 def _save_all(banks: Banks, folder: Path) -> None:
-    for number in range(50):
+    for number in range(FILES):
         own = folder / str(number)
         own.mkdir(exist_ok=True)
         save_file({key: bank[number] for key, bank in banks.items()}, own / "adapter.safetensors")
@@ -43,7 +43,7 @@ def _save_all(banks: Banks, folder: Path) -> None:
 
 
 def _load_all(banks: Banks, folder: Path) -> None:
-    for number in range(50):
+    for number in range(FILES):
         json.loads((folder / str(number) / "adapter.json").read_text())
         for key, value in load_file(folder / str(number) / "adapter.safetensors").items():
             banks[key][number] = value
@@ -51,7 +51,7 @@ def _load_all(banks: Banks, folder: Path) -> None:
 
 @torch.no_grad()
 def _files(probe: Probe, repeats: int, work: Callable[[Banks, Path], None]) -> Found:
-    banks = _banks(probe, 50)
+    banks = _banks(probe, FILES)
     with tempfile.TemporaryDirectory() as folder:
         _save_all(banks, Path(folder))
 

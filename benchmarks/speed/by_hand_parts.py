@@ -137,7 +137,7 @@ class LowRankByRow(nn.Module):
 
     Args:
         linear: The projection.
-        downs, ups: The factors of all adapters: ``(adapters, rank, in)``, ``(adapters, out, rank)``.
+        downs, ups: All factors: ``(adapters, rank, in)`` and ``(adapters, out, rank)``.
         rows: The number of the adapter of each row.
     """
 

@@ -27,14 +27,15 @@ class Worse:
 
     def __str__(self) -> str:
         row = ROWS[self.key]
-        told = f"{self.key}: {shown(row, self.now)}, where {shown(row, self.before)} is committed"
-        return f"{told}; the noise of this run is {self.now.noise:.3f}"
+        now, before = (shown(row, found.value) for found in (self.now, self.before))
+        noise = f"the noise of this run is {self.now.noise:.3f}"
+        return f"{self.key}: {now}, where {before} is committed; {noise}"
 
 
 def checked(results: Results) -> list[str]:
     """The rows that can be checked: ratios, and what is counted. Seconds are those of a machine."""
     found = results.rows
-    return [k for k in ROWS if SIDE in found.get(k, {}) and ROWS[k].unit in ("", "MB")]
+    return [k for k in ROWS if SIDE in found.get(k, {}) and ROWS[k].unit in ("", "MiB")]
 
 
 def worse(committed: Results, now: Results) -> list[Worse]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from benchmarks.speed.pairing import Found, summed_up
 
@@ -15,10 +16,10 @@ BASE = "import torch, transformers; from transformers import AutoModel, PreTrain
 
 def import_ratio(more: str, repeats: int, environment: Mapping[str, str]) -> Found:
     """CPU time of a new interpreter with these imports, over that with `BASE` alone."""
-    codes = [BASE, f"{BASE}; {more}", BASE]
-    for code in codes[:2]:
-        _run(code, environment)  # modules are compiled and files are in memory
-    rounds = [[_run(code, environment) for code in codes] for _ in range(repeats)]
+    base, own = (partial(_run, code, environment) for code in (BASE, f"{BASE}; {more}"))
+    base(), own()  # modules are compiled and files are in memory
+    runs = [run() for run in (*[base, own] * repeats, base)]
+    rounds = [runs[start : start + 3] for start in range(0, 2 * repeats, 2)]
     cpu, wall = (
         [2 * own[clock] / (before[clock] + behind[clock]) for before, own, behind in rounds]
         for clock in (0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,9 @@ from benchmarks.speed import training
 from benchmarks.speed.importing import import_ratio
 from benchmarks.speed.pairing import Call, Found, Trial, compare, spent, summed_up, taken
 from benchmarks.speed.probe import Probe, inference
+
+MANY, FILES = 100, 50
+"""How many adapters are added and switched between; how many are saved and loaded."""
 
 
 class Library(Protocol):
@@ -85,13 +87,13 @@ def _with_many(library: Library, probe: Probe, count: int, config: str) -> Any:
 def _add(library: Library, probe: Probe, repeats: int) -> Found:
     def prepared() -> Call:
         model = library.fresh(probe)
-        return lambda: [library.add(model, f"a{number}", "lora") for number in range(100)]
+        return lambda: [library.add(model, f"a{number}", "lora") for number in range(MANY)]
 
     return spent(prepared, repeats)
 
 
 def _save(library: Library, probe: Probe, repeats: int) -> Found:
-    model = _with_many(library, probe, 50, "lora")
+    model = _with_many(library, probe, FILES, "lora")
     with tempfile.TemporaryDirectory() as folder:
 
         def prepared() -> Call:
@@ -102,18 +104,19 @@ def _save(library: Library, probe: Probe, repeats: int) -> Found:
 
 
 def _save_all(library: Library, model: Any, folder: Path) -> None:
-    for number in range(50):
+    for number in range(FILES):
         library.save(model, f"a{number}", folder / str(number))
 
 
 def _load(library: Library, probe: Probe, repeats: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
-        _save_all(library, _with_many(library, probe, 50, "lora"), Path(folder))
+        _save_all(library, _with_many(library, probe, FILES, "lora"), Path(folder))
 
         def prepared() -> Call:
             model = library.fresh(probe)
             return lambda: [
-                library.load(model, f"a{number}", Path(folder, str(number))) for number in range(50)
+                library.load(model, f"a{number}", Path(folder, str(number)))
+                for number in range(FILES)
             ]
 
         return spent(prepared, repeats)
@@ -124,12 +127,12 @@ def _switch(library: Library, probe: Probe, repeats: int, *, config: str) -> Fou
 
     The call is of one token, and is taken off again; so what is put off to it counts.
     """
-    model = _with_many(library, probe, 100, config)
+    model = _with_many(library, probe, MANY, config)
     inputs = probe.inputs((1, 1))
     library.activate(model, "a0")
     clock, more = probe.clocks[:1], []
     with inference():
-        for number in range(1, 100):
+        for number in range(1, MANY):
             begun = clock[0]()
             library.activate(model, f"a{number}")
             model(**inputs)
@@ -146,8 +149,7 @@ def _from_pretrained(library: Library, probe: Probe, repeats: int) -> Found:
         trial = Trial(
             lambda: plain.from_pretrained(folder), lambda: library.from_pretrained(Path(folder))
         )
-        clocks = [*probe.clocks[:1], time.perf_counter][: len(probe.clocks)]
-        return compare({library.name: trial}, repeats, clocks)[library.name]
+        return compare({library.name: trial}, repeats, probe.clocks)[library.name]
 
 
 def _import(library: Library, probe: Probe, repeats: int) -> Found:
@@ -171,10 +173,11 @@ ROWS: Mapping[str, tuple[Measure, dict[str, Any]]] = {
     "import": (_import, {}),
 }
 FEW = ("add", "load", "save", "import")
-"""Rows that take seconds, and so are repeated less often."""
+"""Rows that take seconds, and so are repeated at most this often."""
+MOST = 5
 
 
 def measured(library: Library, probe: Probe, key: str, repeats: int) -> Found:
     """What a row says of a library."""
     measure, how = ROWS[key]
-    return measure(library, probe, min(repeats, 7) if key in FEW else repeats, **how)
+    return measure(library, probe, min(repeats, MOST) if key in FEW else repeats, **how)

@@ -58,31 +58,37 @@ class Results:
 def table(results: Results) -> str:
     """A Markdown table with a line for each row and a column for each side."""
     sides = [side for side in SIDES if any(side in found for found in results.rows.values())]
+    ours = [found["flexheads"] for found in results.rows.values() if "flexheads" in found]
+    wall = any(found.wall is not None for found in ours)
     head = ["", "over", *(NAMES[side] for side in sides), "wanted"]
+    head += ["flexheads, wall"] if wall else []
     lines = [head, ["---"] * len(head)]
     for key, row in ROWS.items():
         if key in results.rows:
-            lines.append(_line(row, results.rows[key], sides))
+            lines.append(_line(row, results.rows[key], sides, wall))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _line(row: Row, found: Mapping[str, Found], sides: list[str]) -> list[str]:
-    bare = found.get("bare")
-    title = f"{row.title}: {shown(row, bare)}" if bare else row.title
+def _line(row: Row, found: Mapping[str, Found], sides: list[str], wall: bool) -> list[str]:
+    bare, ours = found.get("bare"), found.get("flexheads")
+    title = f"{row.title}: {shown(row, bare.value)}" if bare else row.title
     cells = [_cell(row, found[side]) if side in found else "" for side in sides]
     wanted = "" if row.wanted is None else f"{row.wanted:g} {row.unit}".strip()
-    return [title, row.over, *cells, wanted]
+    line = [title, row.over, *cells, wanted]
+    if wall:
+        line.append("" if ours is None or ours.wall is None else shown(row, ours.wall))
+    return line
 
 
-def shown(row: Row, found: Found) -> str:
+def shown(row: Row, value: float) -> str:
     """A number as people read it."""
-    if row.unit == "MB":
-        return f"{found.value:.0f} MB"
-    return f"{found.value:.3g} {row.unit}" if row.unit else f"{found.value:.3f}"
+    if row.unit == "MiB":
+        return f"{value:.0f} MiB"
+    return f"{value:.3g} {row.unit}" if row.unit else f"{value:.3f}"
 
 
 def _cell(row: Row, found: Found) -> str:
     if not found.noise:
-        return shown(row, found)
+        return shown(row, found.value)
     digits = "±{:.2g}" if row.unit else "±{:.3f}"
-    return f"{shown(row, found)} {digits.format(found.noise)}"
+    return f"{shown(row, found.value)} {digits.format(found.noise)}"

@@ -1,16 +1,18 @@
-"""A session: every side measures the rows asked for, each in a process and environment of its own."""
+"""A session: every side measures its rows, in a process and an environment of its own."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from benchmarks.speed.pairing import Found
 from benchmarks.speed.probe import Probe
 from benchmarks.speed.results import Results, shown
 from benchmarks.speed.rows import ROWS
+from transformers.utils import logging as transformers_logging
 
 SIDES = ("flexheads", "adapters", "peft")
 """What can be measured; flexheads brings what is written by hand with it."""
@@ -30,6 +33,7 @@ def measure(side: str, probe: Probe, keys: Sequence[str], repeats: int) -> Resul
     """Measures rows of one side in this process; what fails is told, and left out."""
     module: Any = importlib.import_module(f"benchmarks.speed.side_{side}")
     torch.set_num_threads(probe.threads)
+    _be_quiet()
     results = Results(_made(probe, repeats, module.DISTRIBUTIONS))
     for key in keys:
         if key not in module.MEASURES or not fits(key, probe):
@@ -46,6 +50,14 @@ def measure(side: str, probe: Probe, keys: Sequence[str], repeats: int) -> Resul
     return results
 
 
+def _be_quiet() -> None:
+    """No progress bars, and no warnings of works that are meant as they are."""
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "adapters"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
 def fits(key: str, probe: Probe) -> bool:
     """Whether a row can be measured on this model."""
     if probe.model.startswith("decoder"):
@@ -56,12 +68,9 @@ def fits(key: str, probe: Probe) -> bool:
 def _tell(key: str, found: Mapping[str, Found], seconds: float) -> None:
     row = ROWS[key]
     for side, each in found.items():
-        wall = (
-            ""
-            if each.wall is None
-            else f", wall {shown(row, dataclasses.replace(each, value=each.wall))}"
-        )
-        numbers = f"{shown(row, each)} ±{each.noise:.2g}{wall}"
+        numbers = f"{shown(row, each.value)} ±{each.noise:.2g}"
+        if each.wall is not None:
+            numbers += f", wall {shown(row, each.wall)}"
         print(f"{key:16} {side:10} {numbers:40} {seconds:6.1f} s", flush=True)
 
 
@@ -95,10 +104,7 @@ def run_apart(side: str, pythons: Sequence[str], arguments: Sequence[str]) -> Re
         The results, or None where no Python has it.
     """
     for python in pythons:
-        module = f"import importlib.util as u; assert u.find_spec({side!r})"
-        if not subprocess.run(
-            [python, "-c", module], cwd=ROOT, stderr=subprocess.DEVNULL
-        ).returncode:
+        if _has(python, side):
             break
     else:
         return None
@@ -111,8 +117,10 @@ def run_apart(side: str, pythons: Sequence[str], arguments: Sequence[str]) -> Re
 
 def pythons_for(side: str, peer_python: str | None) -> list[str]:
     """Where a side may be installed, best first."""
-    return (
-        [sys.executable]
-        if side == "flexheads" or not peer_python
-        else [peer_python, sys.executable]
-    )
+    own = [sys.executable]
+    return own if side == "flexheads" or not peer_python else [peer_python, *own]
+
+
+def _has(python: str, module: str) -> bool:
+    code = f"import importlib.util as u; raise SystemExit(u.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code], cwd=ROOT).returncode == 0

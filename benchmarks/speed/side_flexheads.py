@@ -62,7 +62,7 @@ OURS = Flexheads()
 # --- training, with a floor -------------------------------------------------------------------
 
 
-def _by_hand(probe: Probe, model: Any, key: str) -> Any:
+def by_hand_training(probe: Probe, model: Any, key: str) -> Any:
     """The same training by hand: what a row trains, in a backbone of its own."""
     backbone = probe.backbone().requires_grad_(False)
     before = set(backbone.parameters())
@@ -72,7 +72,7 @@ def _by_hand(probe: Probe, model: Any, key: str) -> Any:
     return backbone.train()
 
 
-def _same_gradients(probe: Probe, model: Any, backbone: Any) -> None:
+def same_gradients(probe: Probe, model: Any, backbone: Any) -> None:
     """Requires that a step gives the same gradients, dropout left aside.
 
     Raises:
@@ -81,18 +81,16 @@ def _same_gradients(probe: Probe, model: Any, backbone: Any) -> None:
     sides = []
     for each in (model, backbone):
         trained = [one for one in each.parameters() if one.requires_grad]
-        found = training.gradients(each.eval(), probe.inputs(probe.train), trained)
-        sides.append(sorted((one.float().norm() for one in found), key=float))
+        sides.append(training.gradients(each.eval(), probe.inputs(probe.train), trained))
         each.train()
-    near = 1e-3 if probe.dtype == "float32" else 0.15
-    torch.testing.assert_close(*map(torch.stack, sides), rtol=near, atol=near / 100)
+    torch.testing.assert_close(*sides, **probe.near)
 
 
 def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     model = library.trained(OURS, probe, **library.ROWS[key][1])
     stir(model.adapters)
-    backbone = _by_hand(probe, model, key)
-    _same_gradients(probe, model, backbone)
+    backbone = by_hand_training(probe, model, key)
+    same_gradients(probe, model, backbone)
     trials = {
         "flexheads": library.training_trial(probe, model),
         "floor": library.training_trial(probe, backbone),
@@ -103,7 +101,7 @@ def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
 def _kept(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     """The floor is without dropout: its masks need not be kept, they can be drawn again."""
     model = library.trained(OURS, probe, **library.ROWS[key][1])
-    backbone = _by_hand(probe, model, key)
+    backbone = by_hand_training(probe, model, key)
     training.without_dropout(backbone.modules())
     inputs = probe.inputs(probe.keep)
     return {

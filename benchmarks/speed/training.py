@@ -19,6 +19,11 @@ def fine_tuned(probe: Probe) -> Any:
     return probe.backbone().train()
 
 
+def loss(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """A number that depends on the last token; behind a layer norm, squares would not do."""
+    return hidden(model(**inputs))[:, -1].float().exp().mean()
+
+
 def step(model: Any, inputs: dict[str, Any]) -> Call:
     """Forward and backward, without what an optimizer does: that would favour small adapters."""
     trained = [each for each in model.parameters() if each.requires_grad]
@@ -26,13 +31,13 @@ def step(model: Any, inputs: dict[str, Any]) -> Call:
     def run() -> None:
         for parameter in trained:
             parameter.grad = None
-        hidden(model(**inputs)).float().square().mean().backward()
+        loss(model, inputs).backward()
 
     return run
 
 
 def kept(model: Any, inputs: dict[str, Any]) -> float:
-    """Megabytes that a forward pass keeps for the backward pass.
+    """Mebibytes that a forward pass keeps for the backward pass.
 
     Each storage counts once and whole; parameters and buffers, which are there anyway, do not.
     """
@@ -45,10 +50,9 @@ def kept(model: Any, inputs: dict[str, Any]) -> float:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = hidden(model(**inputs)).float().square().mean()
-    megabytes = sum(sizes.values()) / 1e6
-    loss.backward()  # so that nothing is left in cycles
-    return megabytes
+        found = loss(model, inputs)
+    found.backward()  # so that nothing is left in cycles
+    return sum(sizes.values()) / 2**20
 
 
 def _storage(tensor: Tensor) -> int:

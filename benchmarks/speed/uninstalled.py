@@ -26,20 +26,22 @@ def make_importable() -> None:
     atexit.register(shutil.rmtree, told, ignore_errors=True)
     paths = [str(told)]
     for file in sorted(ROOT.glob("p*/*/pyproject.toml")):
-        _describe(_read(file)["project"], told)
+        describe(read(file)["project"], told)
         paths.append(str(file.parent / "src"))
     sys.path[:0] = paths
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
+    """What a pyproject.toml says."""
     import tomllib  # Python 3.11
 
     return tomllib.loads(file.read_text("utf-8"))
 
 
-def _describe(project: dict[str, Any], folder: Path) -> None:
+def describe(project: dict[str, Any], folder: Path) -> None:
+    """Writes what an installer would write of a distribution."""
     name, version = project["name"], project["version"]
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
