@@ -14,6 +14,7 @@ from flexheads.configs import Config
 from flexheads.errors import ConfigError
 from flexheads.methods.base import AddressedModules
 from flexheads.methods.folding import FoldedFusion, folded
+from flexheads.sites.derived import Derived, look_together
 from flexheads.sites.recording import record
 
 _FIRST_TEMPERATURE = 50.0
@@ -111,6 +112,7 @@ class FusionPart(nn.Module):
         self.value = nn.Linear(width, width, bias=False) if config.value else None
         self.dropout = nn.Dropout(dropout)
         self.temperature = _FIRST_TEMPERATURE if config.temperature else 1.0
+        self.kept: Derived[FoldedFusion | None] = Derived()
         for linear in filter(None, (self.query, self.key, self.value)):
             nn.init.normal_(linear.weight, std=0.02)
             if linear.bias is not None:
@@ -143,12 +145,12 @@ class FusionPart(nn.Module):
         return context if self.value is None else self.value(context)
 
     def folded(self, parts: Sequence[Any]) -> FoldedFusion | None:
-        """Itself and the adapters as fewer products, for inference; None where that cannot be.
+        """Itself and the adapters as fewer products, in inference; None where that cannot be.
 
         Args:
             parts: The adapters' parts here, in order.
         """
-        return folded(self, parts)
+        return self.kept.get((*parts, self), lambda: folded(self, parts), "scaling")
 
     def _as_keys_see(self, asked: Tensor) -> Tensor:
         """What outputs u are multiplied by: ``q . (K u) = (q K) . u``, so that K acts once."""
@@ -181,6 +183,7 @@ class AdapterFusion(AddressedModules):
     ) -> None:
         super().__init__(parts)
         self.name, self.members, self.config = name, members, config
+        look_together(part.kept for part in parts.values())
 
     def regularization(self) -> Tensor | None:
         """The sum over all sites, or None where the configuration has none."""

@@ -92,8 +92,30 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
-class FlatPool(nn.Module):
-    """Keys and values of one kind of attention in all layers, as they are.
+class _Pool(nn.Module):
+    """Keys and values of one kind of attention in all layers; subclasses say how they are made."""
+
+    def __init__(
+        self, shape: tuple[int, int, int], length: int, config: PrefixTuningConfig
+    ) -> None:
+        super().__init__()
+        self.layers, self.heads, self.size = shape
+        self.length = length
+        self.dropout = nn.Dropout(config.dropout)
+        self.kept: Derived[list[tuple[Tensor, Tensor]]] = Derived()
+
+    def states(self, layer: int) -> Tensor:
+        """The keys and values of one layer: ``(2, heads, length, head size)``."""
+        raise NotImplementedError
+
+    def ready(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, ``(1, heads, length, head size)``, to be kept."""
+        states = (self.states(layer).contiguous() for layer in range(self.layers))
+        return [(keys[None], values[None]) for keys, values in states]
+
+
+class FlatPool(_Pool):
+    """Keys and values as they are.
 
     `control_trans` is ``(length * layers * 2 * heads * head size)``.
 
@@ -106,47 +128,37 @@ class FlatPool(nn.Module):
     def __init__(
         self, shape: tuple[int, int, int], length: int, config: PrefixTuningConfig
     ) -> None:
-        super().__init__()
-        self.layers, self.heads, self.size = shape
-        self.length = length
+        super().__init__(shape, length, config)
         self.control_trans = nn.Parameter(torch.randn(length * self.layers * 2 * _width(shape)))
-        self.dropout = nn.Dropout(config.dropout)
 
     def states(self, layer: int) -> Tensor:
-        """The keys and values of one layer: ``(2, heads, length, head size)``."""
         shape = (self.length, self.layers, 2, self.heads, self.size)
         return self.control_trans.view(shape)[:, layer].permute(1, 2, 0, 3)
 
 
-class Pool(nn.Module):
-    """Keys and values of one kind of attention in all layers, made by a network.
+class Pool(_Pool):
+    """Keys and values made by a network.
 
     ``W2 act(W1 e + b1) + b2`` for each row e of `wte` (Li and Liang 2021, section 4.3). A layer
     needs its own rows of W2 only, so all layers together cost what one application costs.
 
     Args:
         width: Width of the embeddings.
-        shape: ``(layers, key heads, head size)``.
-        length: The longest prefix.
-        config: The adapter's configuration.
+        shape, length, config: See `FlatPool`.
     """
 
     def __init__(
         self, width: int, shape: tuple[int, int, int], length: int, config: PrefixTuningConfig
     ) -> None:
-        super().__init__()
-        self.layers, self.heads, self.size = shape
-        self.length = length
+        super().__init__(shape, length, config)
         self.wte = nn.Embedding(length, width)
         self.control_trans = nn.Sequential(
             nn.Linear(width, config.bottleneck_size),
             activation(config.non_linearity) or nn.Identity(),
             nn.Linear(config.bottleneck_size, self.layers * 2 * _width(shape)),
         )
-        self.dropout = nn.Dropout(config.dropout)
 
     def states(self, layer: int) -> Tensor:
-        """The keys and values of one layer: ``(2, heads, length, head size)``."""
         last: Any = self.control_trans[2]
         rows = 2 * self.heads * self.size
         own = slice(layer * rows, (layer + 1) * rows)
@@ -183,28 +195,24 @@ class PrefixPart(AttentionPart):
         self.pool, self.layer, self.length = (pool,), layer, length
         gates = 1 if config.shared_gating else 2
         self.gate = new_gate(width, gates) if config.use_gating else None
-        self._kept: Derived[Tensor] = Derived()
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values: two tensors ``(batch, heads, length, head size)``."""
-        rows = hidden.shape[0]
-        states = self._kept.get(self.pool, self._ready)
-        if states is None:
-            states = self.pool[0].dropout(self._states().expand(-1, rows, -1, -1, -1))
-        elif rows > 1:
-            states = states.expand(-1, rows, -1, -1, -1)
-        keys, values = states.unbind(0)
+        (pool,), rows = self.pool, hidden.shape[0]
+        ready = pool.kept.get(self.pool, pool.ready)
+        if ready is None:
+            states = pool.states(self.layer)[:, None, :, : self.length]
+            keys, values = pool.dropout(states.expand(-1, rows, -1, -1, -1))
+        else:
+            keys, values = ready[self.layer]
+            if rows > 1 or self.length < pool.length:
+                shape = (rows, -1, self.length, -1)
+                keys = keys[:, :, : self.length].expand(shape)
+                values = values[:, :, : self.length].expand(shape)
         if self.gate is None:
             return keys, values
         gate = gate_scores(self, self.gate, hidden)[..., None, None]
         return keys * gate[:, 0], values * gate[:, -1]
-
-    def _states(self) -> Tensor:
-        """Keys and values for any row: ``(2, 1, heads, length, head size)``."""
-        return self.pool[0].states(self.layer)[:, None, :, : self.length]
-
-    def _ready(self) -> Tensor:
-        return self._states().contiguous()
 
 
 class NoPrefix(AttentionPart):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,33 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
+
+
+class _Call(threading.local):
+    """What each thread knows of the call that it is in."""
+
+    def __init__(self) -> None:
+        self.checked: Checked = None
+
+
+Checked = set["_Kept[Any]"] | None
+"""What was found to be as it was, since the call began; None outside of any call."""
+
+_call = _Call()
+
+
+def enter_call() -> Checked:
+    """Begins a call, in which one look at each weight is enough; gives what `leave_call` takes."""
+    around: Checked = None
+    if not torch.compiler.is_compiling():
+        around, _call.checked = _call.checked, set()
+    return around
+
+
+def leave_call(around: Checked) -> None:
+    """Ends a call, inside of the one around it."""
+    if not torch.compiler.is_compiling():
+        _call.checked = around
 
 
 class Derived(Generic[T]):
@@ -24,15 +52,16 @@ class Derived(Generic[T]):
 
     A change of a weight is noticed by its identity, its memory and its version; only writing to the
     ``.data`` of one in place is not noticed. Replacing a module or a weight, and hooks on a module,
-    are noticed too. Threads may use it at once; at worst they compute the value twice. Copies and
-    pickles of it are empty.
+    are noticed too. All of this is looked at once in a call of the model. Threads may use it at
+    once; at worst they compute the value twice. Copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
         self._kept: _Kept[T] | None = None
+        self._together: Sequence[Derived[Any]] = ()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def get(
         self, modules: tuple[nn.Module, ...], compute: Callable[[], T], *attributes: str
@@ -44,12 +73,35 @@ class Derived(Generic[T]):
             compute: Computes it.
             attributes: Names of what else of them it is computed from, beside their tensors.
         """
-        if watched():
+        if torch.compiler.is_compiling():
             return None
-        kept = self._kept
-        if kept is None or not kept.holds(modules):
-            kept = self._kept = _keep(modules, compute, attributes)
+        kept, checked = self._kept, _call.checked
+        if kept is None or checked is None or kept not in checked or not kept.is_of(modules):
+            kept = None if watched() else self._looked_at(modules, compute, attributes)
         return None if kept is None else kept.value
+
+    def _looked_at(
+        self, modules: tuple[nn.Module, ...], compute: Callable[[], T], attributes: Sequence[str]
+    ) -> _Kept[T] | None:
+        kept = self._kept
+        if kept is None or not kept.is_of(modules) or not kept.holds():
+            kept = self._kept = _keep(modules, compute, attributes)
+        if kept is not None and _call.checked is not None:
+            _call.checked.add(kept)
+            others = (other._kept for other in self._together)
+            _call.checked.update(other for other in others if other is not None and other.holds())
+        return kept
+
+
+def look_together(derived: Iterable[Derived[Any]]) -> None:
+    """Has values looked at together: in a call all of them where the first is asked for.
+
+    Between the layers of a model, whose weights fill the caches of the machine, each look costs
+    several times as much.
+    """
+    together = tuple(derived)
+    for one in together:
+        one._together = together
 
 
 class Snapshot:
@@ -98,10 +150,12 @@ class _Kept(Generic[T]):
         self._snapshot = Snapshot(self._tensors)
         self.value: Any = None
 
-    def holds(self, modules: tuple[nn.Module, ...]) -> bool:
+    def is_of(self, modules: tuple[nn.Module, ...]) -> bool:
+        """Whether the value was computed from these modules."""
+        return modules is self._roots or _same(modules, self._roots)
+
+    def holds(self) -> bool:
         """Whether the value is still right, and may be used in this call."""
-        if modules is not self._roots and not _same(modules, self._roots):
-            return False
         if self._hooks != RemovableHandle.next_id:  # somewhere a hook was registered since
             self._hooks = RemovableHandle.next_id
             if any(map(is_hooked, self._modules)):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexheads.sites.derived import Derived
 from flexheads.sites.residual import ResidualPart, Stream
 
 Branch = Sequence[Any]
@@ -18,8 +17,7 @@ Branch = Sequence[Any]
 class Fused:
     """AdapterFusion at a residual site: attention over what each branch would add.
 
-    In inference the attention is folded into single adapters, where they are of a kind; what is
-    computed for that is kept.
+    In inference the attention is folded into single adapters where they are of a kind.
 
     Args:
         branches: The branches; the last part of each is fused, behind the others of its branch.
@@ -33,12 +31,11 @@ class Fused:
         needs = {need for branch in branches for part in branch for need in part.needs}
         self.needs = frozenset(needs | fusion.needs)
         self.asks_before_norm = fusion.config.query_before_ln and self.last.sees != "r"
-        self.modules: Any = (*(branch[-1] for branch in branches), fusion)
+        self.parts = tuple(branch[-1] for branch in branches)
         self.alone = all(
             len(branch) == 1 and isinstance(part, ResidualPart) and part.sees == self.last.sees
-            for branch, part in zip(branches, self.modules, strict=False)
+            for branch, part in zip(branches, self.parts, strict=True)
         )
-        self._folded: Derived[Any] = Derived()
 
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
@@ -57,7 +54,7 @@ class Fused:
         self, stream: Stream, hidden: Tensor, query: Tensor, residual: Tensor | None
     ) -> Tensor:
         """The attention over what the branches give, with `residual` added to each."""
-        folded = self._fold() if self.alone else None
+        folded = self.fusion.folded(self.parts) if self.alone else None
         if folded is not None and folded.weight.dtype == hidden.dtype == query.dtype:
             context: Tensor = folded(hidden, query, residual)
             return context
@@ -66,12 +63,6 @@ class Fused:
             query, ups if residual is None else ups + residual.unsqueeze(2)
         )
         return result
-
-    def _fold(self) -> Any:
-        """The folded attention, or None where it must not or cannot be used."""
-        return self._folded.get(
-            self.modules, lambda: self.fusion.folded(self.modules[:-1]), "scaling"
-        )
 
     def _up(self, branch: Branch, stream: Stream, hidden: Tensor) -> Tensor:
         """What a branch would add; those that see the same as the last need not look again."""

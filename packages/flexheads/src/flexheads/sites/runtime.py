@@ -14,8 +14,8 @@ from torch import Tensor
 from flexheads.errors import CompositionError
 from flexheads.plan import Plan
 from flexheads.sites.chosen import chosen
+from flexheads.sites.derived import Checked, enter_call, leave_call
 from flexheads.sites.plan_cache import PlanCache
-
 
 ONCE = "once"
 """What says that the layers of this call run on one copy of the batch; see `sites.repeat`."""
@@ -120,10 +120,12 @@ class Scope:
     def __init__(self, runtime: Runtime, plan: Plan) -> None:
         self.thread, self.plan = runtime.thread, plan
         self.previous: Plan | None = None
+        self.around: Checked = None
 
     def __enter__(self) -> Plan:
         self.previous = self.thread.plan
         self.thread.plan = self.plan
+        self.around = enter_call()
         return self.plan
 
     def __exit__(
@@ -133,6 +135,7 @@ class Scope:
         trace: TracebackType | None,
     ) -> None:
         self.thread.plan = self.previous
+        leave_call(self.around)
         if kind is not None:
             self.thread.values.clear()
         elif self.previous is None:
