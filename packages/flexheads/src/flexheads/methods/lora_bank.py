@@ -25,12 +25,15 @@ class DeltaBank(Bank["Delta"]):
         assert isinstance(output, Tensor)
         assert isinstance(projection, Projection)
         first = self.first
-        dropped = first.dropout(hidden.to(first.dtype))
-        down = self.stacked(lambda part: part.factors()[0], chosen)
-        up = self.stacked(lambda part: part.factors()[1], chosen)
-        inner = torch.bmm(dropped, down.transpose(1, 2))
+        down, up = self.stacked_pairs(lambda part: part.factors(), chosen)
+        inner = torch.bmm(first.dropped(hidden.to(first.dtype)), down.transpose(1, 2))
         factor = self.factors(lambda part: part.scaling, chosen, inner)
-        change = torch.bmm(inner * factor, up.transpose(1, 2)).to(output.dtype)
+        if isinstance(factor, Tensor):
+            inner, factor = inner * factor, 1.0
+        up = up.transpose(1, 2)
+        if first.m is None and output.dtype == inner.dtype:
+            return torch.baddbmm(output, inner, up, alpha=factor)
+        change = (torch.bmm(inner, up) * factor).to(output.dtype)
         if first.m is None:
             return output + change
         ratio = self.stacked(lambda part: part.ratio(projection), chosen, otherwise=1.0)

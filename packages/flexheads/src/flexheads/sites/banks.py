@@ -49,7 +49,7 @@ class Bank(ABC, Generic[PartT]):
     def at_hand(self, chosen: Chosen) -> bool:
         """Whether weights can be used without calling modules: nothing hooks or offloads them."""
         parts = [self.parts[number] for number in chosen.present]
-        return not any(_watched(module) for part in parts for module in self.modules(part))
+        return all(quiet(module) for part in parts for module in self.modules(part))
 
     def stacked(
         self, value: Callable[[PartT], Tensor], chosen: Chosen, otherwise: float | None = None
@@ -63,13 +63,18 @@ class Bank(ABC, Generic[PartT]):
                 of a borrowed part.
         """
         each = [value(self.parts[number]) for number in chosen.present]
-        if otherwise is not None and not all(self.acts):
-            acts = [self.acts[number] for number in chosen.present]
-            each = [
-                own if acting else torch.full_like(own, otherwise)
-                for own, acting in zip(each, acts, strict=True)
-            ]
+        if otherwise is not None:
+            for place, number in enumerate(chosen.present):
+                if not self.acts[number]:
+                    each[place] = torch.full_like(each[place], otherwise)
         return chosen.by_row(torch.stack(each))
+
+    def stacked_pairs(
+        self, pair: Callable[[PartT], tuple[Tensor, Tensor]], chosen: Chosen
+    ) -> tuple[Tensor, Tensor]:
+        """Two values of each row's part, as `stacked` gives one."""
+        ones, others = zip(*(pair(self.parts[n]) for n in chosen.present), strict=True)
+        return chosen.by_row(torch.stack(ones)), chosen.by_row(torch.stack(others))
 
     def factors(
         self, factor: Callable[[PartT], float], chosen: Chosen, like: Tensor
@@ -152,8 +157,3 @@ def chain_bank(chains: Sequence[Sequence[Any]], changed: int) -> ChainBank | Non
     return ChainBank(steps, changed) if steps else None
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether something hooks a module, or keeps its weights elsewhere until it is called."""
-    if not quiet(module):
-        return True
-    return any(p is not None and p.device.type == "meta" for p in module._parameters.values())
