@@ -70,7 +70,7 @@ def stacks() -> Iterator[list[int]]:
     counted: list[int] = []
     call = HeadStack.__call__
 
-    def spy(self: HeadStack, inputs: Tensor) -> list[Tensor]:
+    def spy(self: HeadStack, inputs: Tensor) -> Tensor:
         scores = call(self, inputs)
         counted.append(len(scores))
         return scores

@@ -247,6 +247,14 @@ class FeedForwardHead(PredictionHead):
     def forward(self, features: Features, **labels: Any) -> Any:
         return self.finish(self.layers(self.read(features)), features, **labels)
 
+    @property
+    def packs(self) -> bool:
+        """Whether `finish`, without labels, only puts the scores into an output as its ``logits``.
+
+        Where many heads run together, outputs of such heads are made by copying one of them.
+        """
+        return False
+
     @abstractmethod
     def finish(self, scores: Tensor, features: Features, **labels: Any) -> Any:
         """The output of scores, and the loss where labels are given; see `forward`.

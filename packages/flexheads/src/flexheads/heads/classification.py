@@ -86,6 +86,11 @@ class ClassificationHead(PooledHead):
     def read(self, features: Features) -> Tensor:
         return features.hidden if self.config.late else super().read(features)
 
+    @property
+    def packs(self) -> bool:
+        """See `FeedForwardHead.packs`."""
+        return type(self).finish is ClassificationHead.finish and not self.config.late
+
     def finish(self, scores: Tensor, features: Features, **labels: Any) -> Any:
         """See `FeedForwardHead.finish`; ``labels`` is ``(batch,)`` or ``(batch, num_labels)``."""
         if self.config.late:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ def _built(kind: type[ModelOutput], values: Mapping[str, Any]) -> Any:
     if kind not in _BUILT or not usual:
         _BUILT.add(kind)
         return kind(**values)
+    return _unchecked(kind, values)
+
+
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """A copy of a head's output with other scores."""
+    return _unchecked(type(output), {**output.__dict__, "logits": logits})
+
+
+def _unchecked(kind: type[ModelOutput], values: Mapping[str, Any]) -> Any:
     output = kind.__new__(kind)
     for name, value in values.items():
         output.__dict__[name] = value
@@ -98,6 +108,66 @@ class MultiHeadOutput(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (list(zip(self.head_names, self.ordered, strict=True)), self.loss)
+
+    @staticmethod
+    def when_read(make: Callable[[], Iterable[tuple[str, Any]]]) -> MultiHeadOutput:
+        """The same of heads without labels, whose outputs are made when the first one is read.
+
+        Args:
+            make: Makes head names and outputs.
+        """
+        output = _Unread.__new__(_Unread)
+        output.make, output.loss, output.losses = make, None, {}
+        return output
+
+
+class _Unread(MultiHeadOutput):
+    """A `MultiHeadOutput` into which nobody has looked; when somebody does, it is a usual one."""
+
+    make: Callable[[], Iterable[tuple[str, Any]]]
+
+    def __init__(self, outputs: Any = (), loss: Tensor | None = None) -> None:
+        super().__init__(outputs, loss)
+        self.__class__ = MultiHeadOutput  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("ordered", "head_names"):
+            raise AttributeError(f"{MultiHeadOutput.__name__!r} object has no attribute {name!r}")
+        _read(self)
+        return getattr(self, name)
+
+
+def _read(output: MultiHeadOutput) -> None:
+    """Makes the outputs, if nobody has; threads may do so at once."""
+    if (make := vars(output).get("make")) is not None:
+        MultiHeadOutput.__init__(output, make())
+        output.__class__ = MultiHeadOutput
+        vars(output).pop("make", None)
+
+
+_READING = (
+    *("__contains__", "__getitem__", "__iter__", "__len__", "__reversed__"),
+    *("__delitem__", "__setitem__", "__eq__", "__ne__", "__or__", "__ror__", "__ior__"),
+    *("__repr__", "__reduce__", "__reduce_ex__", "copy", "get", "items", "keys", "values"),
+    *("clear", "pop", "popitem", "setdefault", "update"),
+)
+"""What looks into a dictionary."""
+
+
+def _reading(name: str) -> Callable[..., Any]:
+    """A method of a `MultiHeadOutput` that makes the outputs before it does anything."""
+    usual = getattr(MultiHeadOutput, name)
+
+    @functools.wraps(usual)
+    def method(self: _Unread, *args: Any, **kwargs: Any) -> Any:
+        _read(self)
+        return usual(self, *args, **kwargs)
+
+    return method
+
+
+for _name in _READING:
+    setattr(_Unread, _name, _reading(_name))
 
 
 def _is_tensor(value: Any) -> bool:

@@ -41,6 +41,11 @@ class TaggingHead(FeedForwardHead):
         if (given := labels.get("labels")) is not None:
             check_token_labels(f"labels of head {self.name!r}", given, self.num_outputs, shape)
 
+    @property
+    def packs(self) -> bool:
+        """See `FeedForwardHead.packs`."""
+        return type(self).finish is TaggingHead.finish
+
     def finish(self, scores: Tensor, features: Features, **labels: Any) -> Any:
         """See `FeedForwardHead.finish`; ``labels`` is ``(batch, sequence)``.
 

@@ -20,8 +20,17 @@ USUAL = ("labels", "start_positions", "end_positions")
 Labels = Mapping[str, Any]
 
 
+def label_arguments(plan: Plan, heads: NamedModules[PredictionHead]) -> tuple[str, ...]:
+    """The arguments of a call that are labels for the heads of a plan, or for any head."""
+    own = [argument for route in plan.heads for argument in heads[route.head].label_names]
+    return tuple(dict.fromkeys([*USUAL, *own]))
+
+
 def take_labels(
-    inputs: dict[str, Any], plan: Plan, heads: NamedModules[PredictionHead]
+    inputs: dict[str, Any],
+    plan: Plan,
+    heads: NamedModules[PredictionHead],
+    arguments: Sequence[str],
 ) -> dict[str, Labels]:
     """Takes the label arguments out of the inputs, and says which head gets what.
 
@@ -29,17 +38,17 @@ def take_labels(
         inputs: The arguments of the call; labels are removed from it.
         plan: The plan of the call.
         heads: The model's heads.
+        arguments: The arguments that are labels; see `label_arguments`.
 
     Raises:
         LabelError: If there are labels, and no head is active.
         UnknownNameError: If they are for a head that is not.
     """
-    names = [route.head for route in plan.heads]
-    own = [argument for name in names for argument in heads[name].label_names]
-    found = {key: inputs.pop(key) for key in dict.fromkeys([*USUAL, *own]) if key in inputs}
+    found = {key: inputs.pop(key) for key in arguments if key in inputs}
     labels = {key: value for key, value in found.items() if value is not None}
     if not labels:
         return {}
+    names = [route.head for route in plan.heads]
     if not names:
         raise LabelError(
             f"{', '.join(labels)} given, but no head is active. Activate one with "

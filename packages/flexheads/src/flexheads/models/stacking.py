@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from flexheads.heads.base import PredictionHead
+from torch import Tensor
+
+from flexheads.heads.base import FeedForwardHead, PredictionHead
 from flexheads.heads.features import Features
-from flexheads.heads.stacking import HeadStack, Structure, stack_key
+from flexheads.heads.outputs import with_logits
+from flexheads.heads.stacking import HeadStack, Structure, split, stack_key
 from flexheads.models.container import NamedModules
-from flexheads.models.labels import Labels
+from flexheads.models.labels import Labels, label_arguments
 from flexheads.plan import HeadRoute, Plan
 from flexheads.sites.derived import hooked_everywhere, traced, wants_gradients
 
@@ -26,6 +30,24 @@ class _Group:
     names: tuple[str, ...]
     structure: Structure
 
+    @functools.cached_property
+    def kinds(self) -> Sequence[tuple[type[FeedForwardHead], FeedForwardHead]]:
+        """Each class with one of its heads, where all heads only pack their scores, or none."""
+        heads = self.structure.heads
+        return tuple({type(h): h for h in heads}.items()) if all(h.packs for h in heads) else ()
+
+
+class HeadFacts(NamedTuple):
+    """What a call has to know of the heads of its plan before they run.
+
+    Attributes:
+        label_arguments: The arguments that are labels.
+        read_layers: Whether one of them reads another layer than the last.
+    """
+
+    label_arguments: tuple[str, ...]
+    read_layers: bool
+
 
 class HeadStacks:
     """Runs the heads of plans, and keeps stacks of their weights between calls.
@@ -38,6 +60,7 @@ class HeadStacks:
     def __init__(self) -> None:
         self._groups: WeakKeyDictionary[Plan, tuple[_Group, ...]] = WeakKeyDictionary()
         self._stacks: dict[tuple[str, ...], HeadStack] = {}
+        self._facts: WeakKeyDictionary[Plan, HeadFacts] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
@@ -46,6 +69,17 @@ class HeadStacks:
         """Forgets everything, because heads have come or gone."""
         self._groups.clear()
         self._stacks.clear()
+        self._facts.clear()
+
+    def facts(self, plan: Plan, heads: NamedModules[PredictionHead]) -> HeadFacts:
+        """What a call has to know of the heads of its plan, found out once."""
+        facts = None if traced() else self._facts.get(plan)
+        if facts is None:
+            layers = any(heads[route.head].config.hidden_layer is not None for route in plan.heads)
+            facts = HeadFacts(label_arguments(plan, heads), layers)
+            if not traced():
+                self._facts[plan] = facts
+        return facts
 
     def run(
         self,
@@ -53,25 +87,27 @@ class HeadStacks:
         heads: NamedModules[PredictionHead],
         features: Callable[[HeadRoute], Features],
         labels: Sequence[Labels],
-    ) -> list[Any]:
-        """The outputs of the heads of a plan, in its order.
+    ) -> list[Any] | Callable[[], list[Any]]:
+        """Runs the heads of a plan.
 
         Args:
             plan: The plan.
             heads: The model's heads.
             features: What the head of a route sees of the pass.
             labels: The labels of each head.
+
+        Returns:
+            The outputs, in the order of the plan; or what makes them, where all scores are there
+            and have only to be packed.
         """
-        outputs: dict[int, Any] = {}
+        scored = []
         for group in self._of(plan, heads) if _eager(plan) else ():
             stack = self._stack(group, len(plan.heads) // 2)
-            if stack is None:
-                continue
-            first = group.structure.heads[0]
-            seen = first.view(features(plan.heads[group.places[0]]))
-            scores = stack(first.read(seen))
-            for place, head, own in zip(group.places, group.structure.heads, scores, strict=True):
-                outputs[place] = head.finish(own, seen, **labels[place])
+            if stack is not None:
+                scored.append(_Scored(group, stack, features(plan.heads[group.places[0]])))
+        if _packs(scored, len(plan.heads), labels):
+            return functools.partial(_in_order, [one.to_pack() for one in scored])
+        outputs = {place: output for one in scored for place, output in one.outputs(labels)}
         for place, route in enumerate(plan.heads):
             if place not in outputs:
                 alone = heads[route.head]
@@ -103,6 +139,67 @@ class HeadStacks:
             for oldest in list(self._stacks)[: -max(_STACKS_KEPT, kept)]:
                 self._stacks.pop(oldest, None)
         return stack
+
+
+class _Scored:
+    """A group of heads whose scores are there.
+
+    Args:
+        group: The group.
+        stack: Its weights.
+        features: What its heads see of the pass.
+    """
+
+    def __init__(self, group: _Group, stack: HeadStack, features: Features) -> None:
+        first = group.structure.heads[0]
+        self.group, self.sizes = group, stack.scores
+        self.seen = first.view(features)
+        self.scores = stack(first.read(self.seen))
+
+    def outputs(self, labels: Sequence[Labels]) -> Iterator[tuple[int, Any]]:
+        """The place and the output of each head.
+
+        Args:
+            labels: The labels of each head of the plan.
+        """
+        places, heads = self.group.places, self.group.structure.heads
+        for place, head, own in zip(places, heads, split(self.scores, self.sizes), strict=True):
+            yield place, head.finish(own, self.seen, **labels[place])
+
+    def to_pack(self) -> _ToPack:
+        """The same of heads that only pack their scores, without what the backbone has computed."""
+        alike = {kind: head.finish(self.scores, self.seen) for kind, head in self.group.kinds}
+        return _ToPack(self.group, self.scores, self.sizes, alike)
+
+
+class _ToPack(NamedTuple):
+    """Scores of a group of heads, and outputs like theirs by the class of the head."""
+
+    group: _Group
+    scores: Tensor
+    sizes: Sequence[int]
+    alike: Mapping[type[FeedForwardHead], Any]
+
+    def outputs(self) -> Iterator[tuple[int, Any]]:
+        """The place and the output of each head."""
+        heads = self.group.structure.heads
+        for place, head, own in zip(
+            self.group.places, heads, split(self.scores, self.sizes), strict=True
+        ):
+            yield place, with_logits(self.alike[type(head)], own)
+
+
+def _packs(scored: Sequence[_Scored], count: int, labels: Sequence[Labels]) -> bool:
+    """Whether the scores of all heads are there, and need nothing but an output around them."""
+    if sum(len(one.group.places) for one in scored) != count or any(labels):
+        return False
+    return all(one.group.kinds for one in scored)
+
+
+def _in_order(parts: Sequence[_ToPack]) -> list[Any]:
+    """The outputs of heads that only pack their scores, in the order of the plan."""
+    outputs = {place: output for part in parts for place, output in part.outputs()}
+    return [outputs[place] for place in range(len(outputs))]
 
 
 def _eager(plan: Plan) -> bool:

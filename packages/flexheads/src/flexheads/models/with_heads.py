@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -160,7 +160,8 @@ class ModelWithHeads(
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         keep = inputs.pop("logits_to_keep", 0)
         plan, inputs = step_of(plan, self.input_names, inputs)
-        labels = take_labels(inputs, plan, self.heads)
+        arguments = self._stacks.facts(plan, self.heads).label_arguments
+        labels = take_labels(inputs, plan, self.heads, arguments)
         inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
         check_rows(plan, inputs)
         own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
@@ -203,16 +204,15 @@ class ModelWithHeads(
             if (lower := states_given(given)) is None:
                 return backbone_output(self, plan, given)
             backbone, inputs = upper_backbone(self, plan, *lower), without_features(inputs)
-        configs = [heads[route.head].config for route in plan.heads]
         if self._only_encodes(plan):
             backbone = functools.partial(encode, backbone)
-        if all(config.hidden_layer is None for config in configs):
+        if not self._stacks.facts(plan, heads).read_layers:
             return backbone(**inputs, return_dict=True), None
         output = backbone(**{**inputs, "output_hidden_states": True}, return_dict=True)
         name = "hidden_states" if "hidden_states" in output else "decoder_hidden_states"
         states = output[name]
         if not inputs.get("output_hidden_states", self.config.output_hidden_states):
-            encoded = any(config.side == "encoder" for config in configs)
+            encoded = any(heads[route.head].config.side == "encoder" for route in plan.heads)
             unasked = (name,) if encoded else (name, "encoder_hidden_states")
             output = type(output)(**{k: v for k, v in output.items() if k not in unasked})
         return output, states
@@ -300,12 +300,20 @@ class ModelWithHeads(
             return features if rows is None else _features_of(features, plan, route, rows)
 
         found = self._stacks.run(plan, self.heads, seen, labels)
+        if callable(found) and not isinstance(plan, GenerationPlan):
+            return MultiHeadOutput.when_read(functools.partial(_named, plan, found))
+        found = found() if callable(found) else found
         if isinstance(plan, GenerationPlan):
             return joined(list(zip(plan.heads, found, strict=True)), plan, features.output)
         outputs = [(route.head, own) for route, own in zip(plan.heads, found, strict=True)]
         if len(outputs) == 1 and _is_whole(plan):
             return outputs[0][1]
         return MultiHeadOutput(outputs, self._total_loss(outputs))
+
+
+def _named(plan: Plan, outputs: Callable[[], Sequence[Any]]) -> list[tuple[str, Any]]:
+    """The outputs of a plan with the names of their heads."""
+    return [(route.head, output) for route, output in zip(plan.heads, outputs(), strict=True)]
 
 
 def _features_of(
