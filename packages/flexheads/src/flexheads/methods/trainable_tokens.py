@@ -69,7 +69,7 @@ class TokenRows(TokensPart):
 
     def forward(self, ids: Tensor, embedded: Tensor) -> Tensor:
         """Puts the rows where their tokens are."""
-        place = torch.searchsorted(self.sorted, ids).clamp_max(len(self.sorted) - 1)
+        place = torch.searchsorted(self.sorted, ids.contiguous()).clamp_max(len(self.sorted) - 1)
         own = functional.embedding(self.order[place], self.rows)
         own = own if self.scale is None else own * self.scale.to(own.dtype)
         return torch.where((self.sorted[place] == ids).unsqueeze(-1), own.to(embedded), embedded)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexheads.composition import Block, Fuse, Split
+from flexheads.composition import Average, Block, Fuse, Split
 from flexheads.errors import CompositionError
 from flexheads.sites.attention import AttentionPart, join_prefixes
 from flexheads.sites.base import AttachedSite
@@ -56,15 +56,15 @@ def _reason_against(
     site: AttachedSite, block: Block, branches: Sequence[Branch], fusion: Any
 ) -> str | None:
     """Why a block has no meaning for parts of these branches; None where it has one."""
-    parts = [part for branch in branches for part in branch]
     if isinstance(block, Fuse):
         if site.kind != "residual":
             return "AdapterFusion is about bottleneck adapters; use Average or Stack for others."
         if fusion is None or not all(branches):
             return "not all of the fused adapters act here; fuse those that act at the same places."
         return None
-    if any(getattr(part, "changes_input", False) for part in parts):
-        return "these adapters change what the projection is given, before there is a result."
+    entering = any(map(_enters, branches)) and _only_enter(branches)
+    if entering and isinstance(block, Average) and abs(sum(block.weights) - 1) > 1e-6:
+        return "these adapters change what the projection is given; weights must sum to one."
     if site.kind == "residual" and len({_replaces(branch) for branch in branches}) > 1:
         return "some of these take the place of the layer's norm and others do not; use one kind."
     if site.kind not in ("attention", "prompt"):
@@ -138,7 +138,6 @@ class Combined(nn.Module):
             positions.
     """
 
-    changes_input = False
     changes_output = True
 
     def __init__(
@@ -152,10 +151,18 @@ class Combined(nn.Module):
         super().__init__()
         self.branches = tuple(tuple(branch) for branch in branches)  # in a tuple: not its own
         self.changed, self.weights, self.splits, self.whole = changed, weights, splits, whole
+        entering = any(map(_enters, self.branches))
+        self.changes_input = entering and _only_enter(self.branches)
+        # Parts that change both what a projection is given and its result run it for themselves.
+        self.wants_own_result = entering and not self.changes_input
 
     def forward(self, *args: Any) -> Tensor:
         """Runs the branches and puts their results together."""
         return self._each(self._run, args)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Changes what a projection is given; see `flexheads.sites.linear.LinearPart`."""
+        return self._each(_enter, (hidden,)) if self.changes_input else hidden
 
     def inverse(self, hidden: Tensor) -> Tensor:
         """Undoes the branches of a Split, each on its positions.
@@ -186,6 +193,9 @@ class Combined(nn.Module):
 
     def _run(self, branch: Branch, args: Sequence[Any]) -> Tensor:
         own = list(args)
+        if self.wants_own_result:
+            own[0] = _enter(branch, args[:1])
+            own[1] = args[2].run(own[0])
         for part in branch:
             own[self.changed] = part(*own)
         result: Tensor = own[self.changed]
@@ -227,6 +237,25 @@ class AveragedPrompt(PromptPart):
         """The prompt, ``(length, embedding size)``; in a branch the last adapter's is first."""
         own = (torch.cat([part() for part in reversed(branch)]) for branch in self.branches)
         return _mean(list(own), self.weights)
+
+
+def _enters(branch: Branch) -> bool:
+    """Whether a branch changes what a projection is given."""
+    return any(getattr(part, "changes_input", False) for part in branch)
+
+
+def _only_enter(branches: Sequence[Branch]) -> bool:
+    """Whether all parts change what a projection is given, and nothing behind it."""
+    parts = (part for branch in branches for part in branch)
+    return all(part.changes_input and not part.changes_output for part in parts)
+
+
+def _enter(branch: Branch, args: Sequence[Any]) -> Tensor:
+    (hidden,) = args
+    for part in branch:
+        hidden = part.enter(hidden)
+    found: Tensor = hidden
+    return found
 
 
 def _undo(branch: Branch, args: Sequence[Any]) -> Tensor:
