@@ -195,6 +195,7 @@ class PrefixPart(AttentionPart):
         self.pool, self.layer, self.length = (pool,), layer, length
         gates = 1 if config.shared_gating else 2
         self.gate = new_gate(width, gates) if config.use_gating else None
+        self.reads_hidden = config.use_gating
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values: two tensors ``(batch, heads, length, head size)``."""
@@ -219,6 +220,7 @@ class NoPrefix(AttentionPart):
     """Stands at a layer without a prefix that has to follow what other layers do."""
 
     length = 0
+    reads_hidden = False
 
 
 class PrefixTuningMethod(AdapterMethod):

@@ -13,13 +13,14 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexheads.errors import UnsupportedError
-from flexheads.sites.attention_masks import additive, positions, prefix_keep, widen
+from flexheads.sites.attention_masks import additive, flat_mask, positions, prefix_keep, widen
 from flexheads.sites.base import AttachedSite, first_argument
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import (
     CACHES,
     Joined,
     head_sizes,
+    implementation,
     mechanism,
     private_config,
     replaced,
@@ -42,9 +43,12 @@ class AttentionPart(nn.Module):
 
     Attributes:
         length: Number of positions that it adds.
+        reads_hidden: Whether it looks at the hidden states, and not only at how many rows there
+            are, and at their dtype and device; else it may be given any tensor of that kind.
     """
 
     length: int
+    reads_hidden: bool = True
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that come before the attention's own.
@@ -112,7 +116,8 @@ def join_prefixes(chain: Sequence[AttentionPart], hidden: Tensor) -> tuple[Tenso
     values: Any = None
     for part in chain:
         if part.length:
-            own_keys, own_values = (t.to(hidden) for t in part(hidden))
+            own_keys, own_values = part(hidden)
+            own_keys, own_values = own_keys.to(hidden), own_values.to(hidden)
             joined = Joined(own_keys, own_values)
             keys, values = (own_keys, own_values) if keys is None else joined(keys, values)
     return keys, values
@@ -175,7 +180,8 @@ class AttachedAttention(AttachedSite):
         self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
 
     def needed(self, part: AttentionPart) -> frozenset[str]:
-        return frozenset({"attention"})
+        reads = part.reads_hidden and self.mechanism == "interface"
+        return frozenset({"attention", "hidden"} if reads else {"attention"})
 
     def check_way_in(self) -> None:
         """Refuses a module that leaves no way in for a prefix.
@@ -190,19 +196,18 @@ class AttachedAttention(AttachedSite):
             )
 
     def register(self, hook: str) -> RemovableHandle:
-        assert self.mechanism is not None
-        enter = {
-            "interface": self._note,
-            "cache": self._enter_cache,
-            "projections": self._enter_projections,
-        }[self.mechanism]
-        handles = [hook_before(self.host, enter)]
+        if hook == "hidden":
+            return hook_before(self.host, self._note)
+        handles: list[RemovableHandle] = []
         if self.mechanism == "interface":
             vars(self.host)[INTERFACE] = self
             self.original = self.host.config
             self.host.config = private_config(self.original, INTERFACE)
-        elif self.mechanism == "projections":
+        elif self.mechanism == "cache":
+            handles = [hook_before(self.host, self._enter_cache)]
+        else:
             assert self.projections is not None
+            handles = [hook_before(self.host, self._enter_projections)]
             key, value = self.projections
             # Around the hooks of other adapters, which see as many rows as there are positions.
             handles += [
@@ -252,18 +257,17 @@ class AttachedAttention(AttachedSite):
         **kwargs: Any,
     ) -> Any:
         """Attends with the prefix; arguments and result are those of an attention function."""
-        chosen = self.original._attn_implementation
-        attention: Any = self.eager
-        if chosen != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[chosen]
+        chosen = implementation(self.original)
+        attention: Any = self.eager if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
         op = self._planned()
         if op is None:
             return attention(module, query, key, value, mask, *args, **kwargs)
-        keys, values, keep = op.prefix(self.runtime.take(self.address))
+        noted = self.runtime.take(self.address)  # where a part reads it
+        keys, values, keep = op.prefix(query if noted is None else noted)
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if "flash" in chosen or "flex" in chosen:
-            mask = _flat_mask(chosen, mask, keep, key, keys.shape[2], kwargs)
+            mask = flat_mask(chosen, mask, keep, key, keys.shape[2], kwargs)
         else:
             if mask is None and causal and chosen != "eager" and query.shape[2] > 1:
                 mask = positions(query.shape[2], key.shape[2], query.device)
@@ -368,26 +372,6 @@ def prefix_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 AttentionInterface.register(INTERFACE, prefix_attention)
-
-
-def _flat_mask(
-    chosen: str, mask: Any, keep: Tensor | None, key: Tensor, length: int, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """The mask of attention functions that take none, or one by key: ``(batch, keys)``."""
-    if "flex" in chosen:
-        raise UnsupportedError(
-            "Prefixes do not work with flex_attention; load the model with "
-            'attn_implementation="sdpa", "eager" or a flash attention.'
-        )
-    if kwargs.get("sliding_window") is not None and key.shape[2] > kwargs["sliding_window"]:
-        raise UnsupportedError(
-            "Flash attention with a sliding window would lose the prefix; load the model with "
-            'attn_implementation="sdpa".'
-        )
-    if mask is None and keep is None:
-        return None
-    mask = key.new_ones(key.shape[0], key.shape[2]).bool() if mask is None else mask
-    return widen(mask, length, None if keep is None else keep[:, 0, 0], key.shape[2], key)
 
 
 def _key_length(module: Any, hidden: Tensor, states: Tensor | None, cache: Any) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from flexheads.errors import UnsupportedError
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -63,3 +67,23 @@ def widen(
         else:
             before = before * keep.to(before.dtype) if before.dtype != torch.bool else before & keep
     return torch.cat([before, mask], dim=-1)
+
+
+def flat_mask(
+    chosen: str, mask: Any, keep: Tensor | None, key: Tensor, length: int, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mask of attention functions that take none, or one by key: ``(batch, keys)``."""
+    if "flex" in chosen:
+        raise UnsupportedError(
+            "Prefixes do not work with flex_attention; load the model with "
+            'attn_implementation="sdpa", "eager" or a flash attention.'
+        )
+    if kwargs.get("sliding_window") is not None and key.shape[2] > kwargs["sliding_window"]:
+        raise UnsupportedError(
+            "Flash attention with a sliding window would lose the prefix; load the model with "
+            'attn_implementation="sdpa".'
+        )
+    if mask is None and keep is None:
+        return None
+    mask = key.new_ones(key.shape[0], key.shape[2]).bool() if mask is None else mask
+    return widen(mask, length, None if keep is None else keep[:, 0, 0], key.shape[2], key)

@@ -35,11 +35,21 @@ def mechanism(host: nn.Module, has_projections: bool) -> tuple[str | None, tuple
     return ("projections" if has_projections and not biased else None), names
 
 
-def private_config(config: Any, implementation: str) -> Any:
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+def implementation(config: Any) -> Any:
+    """The attention that a configuration names."""
+    # Each look at an attribute of a configuration runs code of its class, each layer looks.
+    found = vars(config).get(_IMPLEMENTATION)
+    return config._attn_implementation if found is None else found
+
+
+def private_config(config: Any, name: str) -> Any:
     """A copy of a configuration that names another attention, and shares everything else."""
     private = copy.copy(config)
     # The public setter would write into the configurations that both share.
-    vars(private)["_attn_implementation_internal"] = implementation
+    vars(private)[_IMPLEMENTATION] = name
     return private
 
 
