@@ -220,3 +220,20 @@ def peer(session: nox.Session) -> None:
     """Compare with the adapters library itself, in one process."""
     what = [*editable(*fitting(OLDEST)), *TEST_TOOLS, "adapters"]
     pytest(session, environment(session, "peer", what, OLDEST), "-m", "peer", "tests")
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Measure speed beside peers and plain torch; with --check, against the committed ratios."""
+    python, words = workspace(session), list(session.posargs)
+    command = [python, "-m", "benchmarks.speed"]
+    if "--check" in words:
+        session.run(*command, *words, env=OFFLINE, external=True)
+        return
+    peers = environment(session, "bench-peers", ["adapters", "peft"], OLDEST)
+    # What is not all that there is goes to the terminal only.
+    whole = all(word in ("--quick", "--repeats") or word.isdigit() for word in words)
+    told = ["--json", "benchmarks/speed/results.json"] if whole else []
+    session.run(*command, "--peer-python", peers, *told, *words, env=OFFLINE, external=True)
+    if whole:
+        session.run(python, "-m", "benchmarks.speed.report", external=True)

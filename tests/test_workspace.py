@@ -29,6 +29,7 @@ SESSIONS = (
     "golden",
     "numerics",
     "peer",
+    "bench",
 )
 COMMANDS = ("python -m pip install nox", "python -m nox -s demo", "python -m nox -s tests")
 
