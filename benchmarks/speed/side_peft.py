@@ -59,7 +59,7 @@ def _model(probe: Probe, config: str, count: int = 1) -> Any:
     model = get_peft_model(probe.backbone(), _config(config), adapter_name="a0")
     for number in range(1, count):
         PEER.add(model, f"a{number}", config)
-    return model.eval()
+    return model.to(probe.bare.dtype).eval()  # it keeps adapters in float32 by itself
 
 
 def _one(probe: Probe, config: str, count: int = 1) -> Trial:
