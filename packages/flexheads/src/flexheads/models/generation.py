@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from flexheads.composition import Rows, Setup
 from flexheads.errors import UnsupportedError
 from flexheads.heads.language_modeling import LanguageModelHead
 from flexheads.models.add_heads import AddHeadsMixin
-from flexheads.models.generation_rows import (
-    GenerationPlan,
-    as_generation,
-    repeat_route,
-    repeat_setup,
-    repeated,
-    rows_in,
-    rows_named,
-    rows_without,
-    sees_all,
-)
-from flexheads.models.task_ids import at_rows
+from flexheads.models.generation_plans import GenerationPlansMixin
+from flexheads.models.generation_rows import rows_without, sees_all
 from flexheads.models.tasks import take_tasks
 from flexheads.plan import Plan
 from flexheads.specs import ArchitectureSpec
@@ -35,14 +21,9 @@ _FORWARD = ("last_token", "eos")
 """Where models are pooled that read from left to right; a first token could tell nothing there."""
 
 
-class GenerationWithHeadsMixin(AddHeadsMixin):
-    """``generate`` for a class with flexible heads; it stands before transformers' own mixin.
+class GenerationWithHeadsMixin(GenerationPlansMixin, AddHeadsMixin):
+    """``generate`` for a class with flexible heads; it stands before transformers' own mixin."""
 
-    Nothing of the setup is handed through transformers' loop: the plan holds for the running thread
-    from the first call of the encoder to the last of the decoder.
-    """
-
-    main_input_name: str
     spec: ClassVar[ArchitectureSpec]
     backbone_class: ClassVar[type[PreTrainedModel]]
 
@@ -80,21 +61,7 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
         plan = self._plan_of_call(adapter_names, head, kwargs.pop("task_ids", None))
         self._check_writes(plan)
         original: Any = super()
-        names = tuple(inspect.signature(original.generate).parameters)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if plan.routing.repeat > 1:
-            inputs = repeated(inputs, plan)
-        own = self._generation_plan(plan)
-        own.check_rows(rows_in(inputs, (names[0], self.main_input_name)))
-        with self._enter(own):
-            return original.generate(**inputs)
-
-    def _call_plan(self, adapter_names: Setup, head: Any = None) -> Plan:
-        """The plan of one call: inside of a generation that one's, unless it names another."""
-        held = self._attachment.runtime.entered()
-        if isinstance(held, GenerationPlan) and adapter_names is None and head is None:
-            return held
-        return super()._call_plan(adapter_names, head)
+        return self._generate_under(plan, original.generate, args, kwargs)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's encoder; see transformers."""
@@ -124,53 +91,6 @@ class GenerationWithHeadsMixin(AddHeadsMixin):
         active = [self.heads[route.head] for route in self._attachment.runtime.chosen().heads]
         only = active[0] if len(active) == 1 else None
         return only if isinstance(only, LanguageModelHead) else None
-
-    def _generation_plan(self, plan: Plan) -> GenerationPlan:
-        """A plan as that of a generation, whose inputs are repeated for `Parallel` already.
-
-        It is kept as other plans are, so that compiled code meets the same one again.
-        """
-        plans = self._attachment.runtime.plans
-        kept = plans.get(("generation", plan))
-        if isinstance(kept, GenerationPlan):
-            return kept
-        routing = dataclasses.replace(plan.routing, repeat=1)
-
-        @functools.cache
-        def expanded(times: int) -> GenerationPlan:
-            heads = tuple(repeat_route(route, times) for route in plan.heads)
-            if routing.index is not None:
-                own = dataclasses.replace(plan, heads=heads)
-                return as_generation(at_rows(own, routing.repeated(times)))
-            setup = repeat_setup(plan.setup, routing, times)
-            return as_generation(self._make_plan(setup, heads, plan.skip_layers))
-
-        own = as_generation(plan, routing=routing, named=rows_named(plan), expanded=expanded)
-        plans.keep(("generation", plan), own)
-        return own
-
-    def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Some classes repeat the rows before the encoder reads them."""
-        name, original = "_prepare_encoder_decoder_kwargs_for_generation", super()
-        return self._encode(getattr(original, name), inputs_tensor, *args, **kwargs)
-
-    def _prepare_text_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The same under its newer name."""
-        name, original = "_prepare_text_encoder_decoder_kwargs_for_generation", super()
-        return self._encode(getattr(original, name), inputs_tensor, *args, **kwargs)
-
-    def _encode(
-        self, original: Callable[..., Any], inputs: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        plan = self._attachment.runtime.entered()
-        if not isinstance(plan, GenerationPlan):
-            return original(inputs, *args, **kwargs)
-        with self._enter(plan.for_rows(inputs.shape[0])):
-            return original(inputs, *args, **kwargs)
 
     # --- who may generate -----------------------------------------------------------------------
 

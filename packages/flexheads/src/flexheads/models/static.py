@@ -15,7 +15,6 @@ from flexheads.composition import Setup
 from flexheads.conversion.to_static import convert_to_static, in_names_of
 from flexheads.errors import (
     CheckpointError,
-    CompositionError,
     ConversionWarning,
     UnknownNameError,
     UnsupportedError,
@@ -23,13 +22,15 @@ from flexheads.errors import (
 from flexheads.heads.config import label_names
 from flexheads.models.averaging import AveragingMixin
 from flexheads.models.files import reading
-from flexheads.models.inputs import repeat_rows
+from flexheads.models.generation_plans import GenerationPlansMixin
+from flexheads.models.generation_rows import GenerationPlan
+from flexheads.models.inputs import batch_size, repeat_rows
 from flexheads.models.mixin import AdapterModelMixin
 from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.setups import SetupMixin
 from flexheads.models.signature import signed
-from flexheads.models.task_ids import check_rows, numbered
 from flexheads.models.static_heads import StaticHead
+from flexheads.models.task_ids import check_rows
 from flexheads.models.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import argument_names, compiled
@@ -38,7 +39,7 @@ from flexheads.sites.finding import holds
 _ARGUMENTS = ("adapter_names", "task_ids", *ARGUMENTS)
 
 
-class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
+class StaticModelMixin(GenerationPlansMixin, WholeModelMixin, AveragingMixin, SetupMixin):
     """Adapter support on a transformers class; `init` puts it in front of the class in hand."""
 
     static_class: ClassVar[type[PreTrainedModel]]
@@ -64,41 +65,28 @@ class StaticModelMixin(WholeModelMixin, AveragingMixin, SetupMixin):
         if asked := take_asked(kwargs):
             how: Any = {"adapter_names": adapter_names, "task_ids": task_ids}
             return with_scores(self, asked, functools.partial(self.forward, *args, **how, **kwargs))
+        inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         plan = self._plan_of_call(adapter_names, task_ids=task_ids)
-        check_rows(plan, dict(zip(self.input_names, args, strict=False)) | kwargs)
+        if isinstance(plan, GenerationPlan):
+            plan = plan.for_rows(batch_size(inputs))
+        check_rows(plan, inputs)
         if plan.routing.repeat > 1:
-            kwargs = repeat_rows(
-                dict(zip(self.input_names, args, strict=False)) | kwargs, plan.routing.repeat
-            )
-            args = ()
+            args, kwargs = (), repeat_rows(inputs, plan.routing.repeat)
         with self._enter(plan):
             return self._attachment.run(self, self.static_class.forward, args, kwargs)
 
-    def _planned_generate(self, *args: Any, adapter_names: Setup = None, **kwargs: Any) -> Any:
+    def _planned_generate(
+        self, *args: Any, adapter_names: Setup = None, task_ids: Any = None, **kwargs: Any
+    ) -> Any:
         """Transformers' ``generate``, under one plan from beginning to end.
 
-        Generation calls the encoder of an encoder-decoder model by itself, outside of the forward.
-
-        Raises:
-            CompositionError: If the setup repeats the batch of such a model.
+        Each row of the batch follows its own adapters, its beams and returned sequences too.
+        `Parallel` repeats the batch: first come the rows of its first branch, then of the second.
         """
-        if adapter_names is not None:
-            kwargs["adapter_names"] = adapter_names
         original: Any = self.static_class
-        generate = original.generate
-        if isinstance(kwargs.get("task_ids"), (list, tuple)):  # a tensor is repeated for beams
-            kwargs["task_ids"] = numbered(self._call_plan(adapter_names), kwargs["task_ids"])
-        if not getattr(self.config, "is_encoder_decoder", False):
-            return generate(self, *args, **kwargs)
-        plan = self._plan_of_call(adapter_names, task_ids=kwargs.pop("task_ids", None))
-        if plan.routing.repeat > 1:
-            raise CompositionError(
-                f"{plan.setup!r} repeats the batch, which the encoder of a {type(self).__name__} "
-                "does not see while it generates. Generate with one adapter after the other, or "
-                "with Rows."
-            )
-        with self._enter(plan):
-            return generate(self, *args, **kwargs)
+        plan = self._plan_of_call(adapter_names, task_ids=task_ids)
+        generate = functools.partial(original.generate, self)
+        return self._generate_under(plan, generate, args, kwargs)
 
     # --- the static head ----------------------------------------------------------------------
 
