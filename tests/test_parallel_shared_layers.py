@@ -241,6 +241,36 @@ def test_a_backbone_by_itself_shares_layers_too() -> None:
     assert_close(shared, whole)
 
 
+def test_a_head_beside_the_parts_of_the_backbone_repeats_with_the_inputs() -> None:
+    model = flexheads.init(tiny_static("T5ForConditionalGeneration"))
+    depth = model._attachment.depth
+    for name in ("one", "two"):
+        model.add_adapter(name, load_config("seq_bn", leave_out=list(range(depth - 1))))
+    randomise(model.adapters, std=0.2)
+    inputs = tiny_inputs(model.config)
+    labels = inputs.pop("decoder_input_ids")
+    both = model(**inputs, labels=labels, adapter_names=Parallel("one", "two"))
+    alone = [model(**inputs, labels=labels, adapter_names=name) for name in ("one", "two")]
+    expected = torch.cat([output.logits for output in alone])
+    torch.testing.assert_close(both.logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.loss, sum(output.loss for output in alone) / 2)
+
+
+def test_inputs_count_whatever_their_order_and_size() -> None:
+    model = flexible("llama")
+    ids = tiny_inputs(model.config)["input_ids"]
+    for batch in (1, 3, 7):  # as many as there are positions
+        rows = ids.repeat(3, 1)[:batch]
+        place = torch.arange(ids.shape[1])
+        found = model(position_ids=place[None], input_ids=rows, adapter_names=BRANCHING)
+        with_cache_position = model(input_ids=rows, adapter_names=BRANCHING, cache_position=place)
+        alone = [model(rows, adapter_names=one).last_hidden_state for one in BRANCHING]
+        for output in (found, with_cache_position):
+            torch.testing.assert_close(
+                output.last_hidden_state, torch.cat(alone), rtol=1e-4, atol=1e-5
+            )
+
+
 def test_scores_on_request_are_those_of_all_rows() -> None:
     model = flexible(common=load_config("seq_bn", use_gating=True))
     shared = model(

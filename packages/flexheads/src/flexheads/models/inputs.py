@@ -10,22 +10,17 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError
+from flexheads.sites.repeat import batch_size as batch_size
+from flexheads.sites.repeat import has_rows
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_WITHOUT_ROWS = ("cache_position",)
-
-
-def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Rows of the batch: the first dimension of the first tensor that has rows."""
-    rowed = (v for name, v in inputs.items() if _batched(v) and name not in _WITHOUT_ROWS)
-    return next((int(value.shape[0]) for value in rowed), 0)
 
 
 def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
     """How many rows the batch may be said to have: those of each tensor, or of all its choices."""
     sizes: dict[int, None] = {}
     for name, value in inputs.items():
-        if not _batched(value) or name in _WITHOUT_ROWS:
+        if not has_rows(name, value):
             continue
         flat = 2 + (name == "inputs_embeds")
         choices = (name in _TOKEN_INPUTS or name == "inputs_embeds") and value.dim() > flat
@@ -38,7 +33,7 @@ def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
     batch = batch_size(inputs)
     return {
         name: value.repeat(times, *[1] * (value.dim() - 1))
-        if _batched(value) and value.shape[0] == batch
+        if has_rows(name, value) and value.shape[0] == batch
         else value
         for name, value in inputs.items()
     }

@@ -29,7 +29,7 @@ from flexheads.sites.prompt import PROMPT, AttachedPrompt
 from flexheads.sites.relative_bias import share_projections
 from flexheads.sites.repeat import REPEAT, Repeater
 from flexheads.sites.residual import AttachedResidual, share_outputs
-from flexheads.sites.runtime import Runtime
+from flexheads.sites.runtime import Runtime, may_checkpoint
 from flexheads.sites.tokens import AttachedTokens
 from flexheads.specs import ArchitectureSpec, LayerSpec, Path, ResidualSite
 
@@ -89,7 +89,7 @@ class Attachment:
         }
         self.repeater = self._repeater()
         self._planner = Planner(self.sites, self._norms, self.repeater)
-        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.checkpointed = may_checkpoint(model, self.sites.values())
 
     def _find_sites(self, model: PreTrainedModel) -> Iterator[AttachedSite]:
         owner = f"Architecture {self.spec.name!r}"
@@ -131,14 +131,14 @@ class Attachment:
     def _repeater(self) -> Repeater:
         """What lets branches of a setup share layers, where the architecture allows that."""
         layers: list[nn.Module] = []
-        start = 0
-        for stack in self.spec.layers if self.spec.shares_layers else ():
-            if self._lacks(stack.path):
-                continue
-            start = len(layers)
-            layers += [layer for _, layer in find_layers(self.backbone, stack.path, "")]
-        inside = self.model is not self._called
-        return Repeater(self.runtime, self._called, layers, start, inside)
+        start, spec, model = 0, self.spec, self.model
+        # A class with a head that holds the backbone's parts itself reads inputs behind them.
+        by_itself = model is not self.backbone or isinstance(model, resolve(spec.backbone))
+        for stack in spec.layers if spec.shares_layers and by_itself else ():
+            if not self._lacks(stack.path):
+                start = len(layers)
+                layers += [layer for _, layer in find_layers(self.backbone, stack.path, "")]
+        return Repeater(self.runtime, self._called, layers, start, model is not self._called)
 
     def _config_for(self, path: Path) -> Any:
         """The configuration of the part of the model that a path leads into."""

@@ -22,6 +22,15 @@ REPEAT = "repeat"
 WITHOUT_ROWS = ("cache_position", "head_mask")
 """Inputs whose first dimension is not that of the batch, whatever its size."""
 
+_READ = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_features",
+    "input_values",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
 _CALLED = "call"
 _CACHES = ("self_attention_cache", "cross_attention_cache")
 
@@ -130,11 +139,11 @@ class Repeater:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if given.get("past_key_values") is not None:
             return None
-        whole = next((len(v) for name, v in given.items() if _has_rows(name, v)), 0)
+        whole = batch_size(given)
         once = whole // plan.routing.repeat
         self.runtime.put(ONCE, Once(once, plan.routing.repeat))
         return (), {
-            name: value[:once] if _has_rows(name, value) and len(value) == whole else value
+            name: value[:once] if has_rows(name, value) and len(value) == whole else value
             for name, value in given.items()
         }
 
@@ -204,14 +213,14 @@ class Once:
         if isinstance(value, Tensor):
             if value is hidden:  # used up at once, so not worth being kept
                 return self._tile(value) if value.shape[0] == self.rows else value
-            return self._kept(value) if self._has_rows(name, value) else value
+            return self._kept(value) if self._carries_rows(name, value) else value
         if type(value) in (tuple, list):
             return type(value)(self.given(name, inner, hidden) for inner in value)
         if type(value) is dict:
             return {key: self.given(name, inner, hidden) for key, inner in value.items()}
         return value
 
-    def _has_rows(self, name: str, tensor: Tensor) -> bool:
+    def _carries_rows(self, name: str, tensor: Tensor) -> bool:
         """Whether the first dimension is that of the batch, and not just as large.
 
         Numbers with one or two dimensions are tables of positions, which all rows share; and what
@@ -239,7 +248,7 @@ class Once:
         """What has been noted of a call's inputs, for sites behind; see `CallInputs`."""
         found: dict[str, Any] = {}
         for name, value in call.items():
-            if _has_rows(name, value) and len(value) == self.rows:
+            if has_rows(name, value) and len(value) == self.rows:
                 found[name] = self._tile(value)
             elif name != "tokens":
                 found[name] = self.noted(value) if type(value) is dict else value
@@ -268,6 +277,12 @@ class Once:
         return tensor.repeat(self.times, *[1] * (tensor.dim() - 1))
 
 
-def _has_rows(name: str, value: Any) -> bool:
-    """Whether an input of the backbone is a tensor that has rows."""
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """Rows of the batch: the first dimension of what a model reads, or of another tensor."""
+    names = (*(name for name in _READ if name in inputs), *inputs)
+    return next((len(inputs[name]) for name in names if has_rows(name, inputs[name])), 0)
+
+
+def has_rows(name: str, value: Any) -> bool:
+    """Whether an input of a model is a tensor that has rows."""
     return isinstance(value, Tensor) and value.dim() > 0 and name not in WITHOUT_ROWS
