@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,17 +20,30 @@ USUAL = ("labels", "start_positions", "end_positions")
 Labels = Mapping[str, Any]
 
 
-def label_arguments(plan: Plan, heads: NamedModules[PredictionHead]) -> tuple[str, ...]:
-    """The arguments of a call that are labels for the heads of a plan, or for any head."""
-    own = [argument for route in plan.heads for argument in heads[route.head].label_names]
-    return tuple(dict.fromkeys([*USUAL, *own]))
+class HeadFacts(NamedTuple):
+    """What a call has to know of the heads of its plan before they run.
+
+    Attributes:
+        label_arguments: The arguments that are labels, for them or for any head.
+        read_layers: Whether one of them reads another layer than the last.
+    """
+
+    label_arguments: tuple[str, ...]
+    read_layers: bool
+
+
+def facts_of(plan: Plan, heads: NamedModules[PredictionHead]) -> HeadFacts:
+    """What a call has to know of the heads of a plan."""
+    own = [heads[route.head] for route in plan.heads]
+    arguments = dict.fromkeys([*USUAL, *(name for head in own for name in head.label_names)])
+    return HeadFacts(tuple(arguments), any(head.config.hidden_layer is not None for head in own))
 
 
 def take_labels(
     inputs: dict[str, Any],
     plan: Plan,
     heads: NamedModules[PredictionHead],
-    arguments: Sequence[str],
+    facts: HeadFacts,
 ) -> dict[str, Labels]:
     """Takes the label arguments out of the inputs, and says which head gets what.
 
@@ -38,13 +51,13 @@ def take_labels(
         inputs: The arguments of the call; labels are removed from it.
         plan: The plan of the call.
         heads: The model's heads.
-        arguments: The arguments that are labels; see `label_arguments`.
+        facts: What is known of the heads of the plan.
 
     Raises:
         LabelError: If there are labels, and no head is active.
         UnknownNameError: If they are for a head that is not.
     """
-    found = {key: inputs.pop(key) for key in arguments if key in inputs}
+    found = {key: inputs.pop(key) for key in facts.label_arguments if key in inputs}
     labels = {key: value for key, value in found.items() if value is not None}
     if not labels:
         return {}

@@ -15,7 +15,7 @@ from flexheads.heads.features import Features
 from flexheads.heads.outputs import with_logits
 from flexheads.heads.stacking import HeadStack, Structure, split, stack_key
 from flexheads.models.container import NamedModules
-from flexheads.models.labels import Labels, label_arguments
+from flexheads.models.labels import HeadFacts, Labels, facts_of
 from flexheads.plan import HeadRoute, Plan
 from flexheads.sites.derived import hooked_everywhere, traced, wants_gradients
 
@@ -35,18 +35,6 @@ class _Group:
         """Each class with one of its heads, where all heads only pack their scores, or none."""
         heads = self.structure.heads
         return tuple({type(h): h for h in heads}.items()) if all(h.packs for h in heads) else ()
-
-
-class HeadFacts(NamedTuple):
-    """What a call has to know of the heads of its plan before they run.
-
-    Attributes:
-        label_arguments: The arguments that are labels.
-        read_layers: Whether one of them reads another layer than the last.
-    """
-
-    label_arguments: tuple[str, ...]
-    read_layers: bool
 
 
 class HeadStacks:
@@ -75,8 +63,7 @@ class HeadStacks:
         """What a call has to know of the heads of its plan, found out once."""
         facts = None if traced() else self._facts.get(plan)
         if facts is None:
-            layers = any(heads[route.head].config.hidden_layer is not None for route in plan.heads)
-            facts = HeadFacts(label_arguments(plan, heads), layers)
+            facts = facts_of(plan, heads)
             if not traced():
                 self._facts[plan] = facts
         return facts

@@ -160,8 +160,7 @@ class ModelWithHeads(
         inputs = dict(zip(self.input_names, args, strict=False)) | kwargs
         keep = inputs.pop("logits_to_keep", 0)
         plan, inputs = step_of(plan, self.input_names, inputs)
-        arguments = self._stacks.facts(plan, self.heads).label_arguments
-        labels = take_labels(inputs, plan, self.heads, arguments)
+        labels = take_labels(inputs, plan, self.heads, self._stacks.facts(plan, self.heads))
         inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
         check_rows(plan, inputs)
         own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
