@@ -12,6 +12,19 @@ from flexheads.errors import UnknownNameError
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def all_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module in any order, and repeatedly where several places hold one.
+
+    With many adapters, ``module.parameters()`` takes most of its time to name and to compare them.
+    """
+    inside: list[nn.Module | None] = [module]
+    while inside:
+        one = inside.pop()
+        if one is not None:
+            inside += one._modules.values()
+            yield from (p for p in one._parameters.values() if p is not None)
+
+
 class NamedModules(nn.Module, Generic[ModuleT]):
     """Modules by name, in the order in which they were added.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flexheads.checkpoints.bundle import SavedStaticHead
 from flexheads.errors import CheckpointError
@@ -33,9 +33,12 @@ class StaticHead:
         if backbone is model:
             inside |= set(model._attachment.own_children())
         self.children = [child for child in children if child[0] not in inside]
-        state = model.state_dict() if self.children else {}
-        self.keys = tuple(key for key in state if key.partition(".")[0] not in inside)
-        self.state = {key: state[key] for key in self.keys}
+        self.state: dict[str, Tensor] = {}
+        if self.children:
+            model._save_to_state_dict(self.state, "", False)
+        for name, child in self.children:
+            child.state_dict(destination=self.state, prefix=f"{name}.")
+        self.keys = tuple(self.state)
 
     def modules(self) -> list[nn.Module]:
         """The modules outside of the backbone."""
