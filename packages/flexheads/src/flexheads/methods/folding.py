@@ -43,7 +43,7 @@ class FoldedFusion:
     """
 
     def __init__(self, fusion: FusionPart, parts: Sequence[Any], constant: float) -> None:
-        self.fusion, self.activation = fusion, parts[0].activation
+        self.fusion, self.activation = fusion, parts[0].activation.forward
         self.value = None if fusion.value is None else fusion.value.weight
         self.count, self.rank = len(parts), 1 + max(map(_rank, parts))
         self.inner = self.count * self.rank

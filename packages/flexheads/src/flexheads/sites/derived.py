@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
@@ -50,10 +51,11 @@ class Derived(Generic[T]):
     there is none, and what was kept is forgotten, because optimizers may write to weights in ways
     that leave no trace. Kept tensors need no gradient and can be used outside of inference mode.
 
-    A change of a weight is noticed by its identity, its memory and its version; only writing to the
-    ``.data`` of one in place is not noticed. Replacing a module or a weight, and hooks on a module,
-    are noticed too. All of this is looked at once in a call of the model. Threads may use it at
-    once; at worst they compute the value twice. Copies and pickles of it are empty.
+    A change of a weight is noticed by its identity, its memory and its version, and by the steps of
+    optimizers; only writing to the ``.data`` of one in place is not noticed. Replacing a module or
+    a weight, and hooks on a module, are noticed too. All of this is looked at once in a call of the
+    model. Threads may use it at once; at worst they compute the value twice. Copies and pickles of
+    it are empty.
     """
 
     def __init__(self) -> None:
@@ -104,6 +106,19 @@ def look_together(derived: Iterable[Derived[Any]]) -> None:
         one._together = together
 
 
+class _Steps:
+    """The last step of any optimizer; fused ones leave no trace at the weights."""
+
+    last: object = None
+
+
+def _note_step(*given: object) -> None:
+    _Steps.last = object()
+
+
+register_optimizer_step_post_hook(_note_step)
+
+
 class Snapshot:
     """Tensors as they are now, to tell later whether one of them has changed.
 
@@ -115,13 +130,15 @@ class Snapshot:
         self._tensors = tensors
         # A detached tensor keeps the memory, so that nothing else can get its address.
         self._memory = [tensor.detach() for tensor in tensors]
-        self._state = self._read()
+        self._step, self._state = _Steps.last, self._read()
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, and none has changed since.
 
         Writing to the ``.data`` of one in place is not noticed.
         """
+        if self._step is not _Steps.last:
+            return False
         if tensors is not self._tensors:
             if not _same(tensors, self._tensors):
                 return False
