@@ -25,6 +25,7 @@ from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
+from flexheads.methods.recomputing import recomputed
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.direct import linear, quiet
 from flexheads.sites.residual import ResidualPart, Stream
@@ -70,6 +71,10 @@ class Bottleneck(ResidualPart):
         self.replaces_norm = not config.original_ln_after
         self.sees = "r" if config.is_parallel else "normed" if config.original_ln_before else "x"
         self.needs = self._needs()
+        # Nothing at random, nothing that others look at, and only the norm's input goes on.
+        self.forgets = self.sees == "normed" and config.residual_before_ln in (True, "post_add")
+        if config.phm_layer or config.use_gating or config.stochastic_depth:
+            self.forgets = False
         self._initialise()
 
     def _needs(self) -> frozenset[str]:
@@ -118,7 +123,7 @@ class Bottleneck(ResidualPart):
         """The scaled output, without dropout, gate and norm: what AdapterFusion attends to."""
         config = self.config
         inner = hidden if self.norm_before is None else self.norm_before(hidden)
-        own = self._modules  # quicker than attributes
+        own: Any = self._modules  # quicker than attributes
         down, activation, up_again = own["down"], own["activation"], own["up"]
         inner = linear(down, inner)
         inner = activation.forward(inner) if quiet(activation) else activation(inner)
@@ -130,7 +135,7 @@ class Bottleneck(ResidualPart):
     def delta(self, hidden: Tensor) -> Tensor:
         """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
         delta = self.fused(hidden)
-        dropout = self._modules["dropout"]
+        dropout: Any = self._modules["dropout"]
         if dropout.training or not quiet(dropout):
             delta = dropout(delta)
         if self.gate is not None:
@@ -139,8 +144,29 @@ class Bottleneck(ResidualPart):
 
     def forward(self, stream: Stream) -> Stream:
         """Adapts the residual stream; see `flexheads.sites.residual.Stream`."""
+        delta = self._forgetful(stream) if self.training and self.forgets else None
+        if delta is not None:
+            after_norm = self.config.residual_before_ln is True
+            return self._added(stream, delta, None if after_norm else stream.total)
         hidden, skip = self.enter(stream)
-        delta = self.delta(hidden)
+        return self._added(stream, self.delta(hidden), skip)
+
+    def _forgetful(self, stream: Stream) -> Tensor | None:
+        """`delta` behind the layer's norm, computed again for gradients instead of kept.
+
+        Otherwise autograd kept what enters the norm and what leaves it, both as large as the
+        hidden states. None where that is not so, or cannot be.
+        """
+        norm, given = stream.norm, stream.total
+        owner = getattr(norm, "__self__", None)
+        if given is None or norm is None or not isinstance(owner, nn.Module):
+            return None
+        if self.dropout.p or not torch.is_grad_enabled():
+            return None
+        return recomputed(lambda total: self.delta(norm(total)), given, self, owner)
+
+    def _added(self, stream: Stream, delta: Tensor, skip: Tensor | None) -> Stream:
+        """The stream with what the bottleneck adds."""
         x: Any = stream.x if skip is None else skip
         if self.skips_inside:
             delta = delta + x

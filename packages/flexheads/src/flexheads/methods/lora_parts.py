@@ -80,10 +80,10 @@ class Scaling(_Gated):
         vector: Any = self._parameters.get("lora_B")  # quicker than an attribute
         if vector is None:  # something computes it
             vector = self.lora_B
-        if self.gate is None and self.scaling == 1 and vector.dtype == output.dtype:
-            return output * vector.view(-1)
-        scale = vector.view(-1) * self.factor(hidden.to(vector.dtype))
-        return output * scale.to(output.dtype)
+        scale: Tensor = vector.view(-1)
+        if self.gate is not None or self.scaling != 1:
+            scale = scale * self.factor(hidden.to(scale.dtype))
+        return output * (scale if scale.dtype == output.dtype else scale.to(output.dtype))
 
     def bank(self, parts: Sequence[LinearPart | None]) -> ScalingBank | None:
         alike = all(p is None or (type(p) is Scaling and p.gate is None) for p in parts)
@@ -232,7 +232,8 @@ class LowRank(Delta):
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         own: Any = self._parameters  # quicker than attributes; lacks what something else computes
-        down, up, dropout = own.get("lora_A"), own.get("lora_B"), self._modules["dropout"]
+        down, up = own.get("lora_A"), own.get("lora_B")
+        dropout: Any = self._modules["dropout"]
         plain = self.gate is None and self.m is None and down is not None and up is not None
         if not plain or hidden.dtype != down.dtype or dropout.training or not quiet(dropout):
             return super().forward(hidden, output, projection)

@@ -21,6 +21,7 @@ from flexheads.heads.custom import provider_of
 from flexheads.methods.base import to_be_filled
 from flexheads.methods.config import load_config
 from flexheads.methods.fusion import AdapterFusionConfig
+from flexheads.models.checkpointing import CheckpointingMixin
 from flexheads.models.files import library_version, reading
 from flexheads.models.prefixes import PrefixMixin
 from flexheads.models.sharing import SharingMixin
@@ -41,7 +42,7 @@ _HUB_ARGUMENTS = (
 )
 
 
-class WholeModelMixin(SharingMixin, PrefixMixin):
+class WholeModelMixin(CheckpointingMixin, SharingMixin, PrefixMixin):
     """``save_pretrained`` for models with adapters.
 
     All tensors go where transformers puts them, under ``adapters.`` and ``heads.`` beside the

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import AttachedSite, first_argument, first_tensor
 from flexheads.sites.direct import quiet
+from flexheads.sites.hooking import hook_before
 from flexheads.sites.output import OutputPart
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -231,7 +232,7 @@ class AttachedResidual(AttachedSite):
         if hook == "r" and self.residual_from == "output":
             return self.residual.register_forward_hook(self._tap_residual_output, prepend=True)
         if hook == "r":
-            return self.residual.register_forward_pre_hook(self._tap_residual, with_kwargs=True)
+            return hook_before(self.residual, self._tap_residual)
         if hook == "beside":  # behind the hooks of the sub-layer's own site
             assert self.beside is not None
             return self.beside.register_forward_hook(self._tap_beside)

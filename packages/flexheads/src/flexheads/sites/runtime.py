@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexheads.errors import CompositionError
 from flexheads.plan import Plan
@@ -149,18 +149,39 @@ class PlannedCheckpoint:
     of its own; by then another plan may hold.
 
     A reentrant checkpoint passes on gradients only where one of its inputs requires them, which
-    none does on top of a frozen backbone; so where adapters act, the hidden states are made to.
+    none does on top of frozen layers; so where something trains, the hidden states are made to.
+
+    Args:
+        runtime: The model's runtime.
+        checkpoint: The function.
+        owner: The module that calls it.
+        address: How the addresses of sites inside begin; empty where all of them can be.
     """
 
-    def __init__(self, runtime: Runtime, checkpoint: Callable[..., Any]) -> None:
+    def __init__(
+        self, runtime: Runtime, checkpoint: Callable[..., Any], owner: nn.Module, address: str
+    ) -> None:
         self.runtime, self.checkpoint = runtime, checkpoint
+        self.owner, self.address = owner, address
         self.reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         plan = self.runtime.current()
-        if self.reentrant and plan.ops and torch.is_grad_enabled():
-            args = _requiring_gradients(args)
+        if self.reentrant and torch.is_grad_enabled():
+            if self._trains(plan):
+                args = _requiring_gradients(args)
+            elif not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+                return function(*args, **kwargs)  # nothing is kept for gradients anyway
         return self.checkpoint(_Replay(self.runtime, plan, function), *args, **kwargs)
+
+    def _trains(self, plan: Plan) -> bool:
+        """Whether something in what is computed again may need gradients: adapters, or all of it.
+
+        Layers below the first of them are no part of the backward pass.
+        """
+        if any(address.startswith(self.address) for address in plan.ops):
+            return True
+        return any(parameter.requires_grad for parameter in self.owner.parameters())
 
 
 class _Replay:
@@ -184,14 +205,31 @@ def _requiring_gradients(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.detach().requires_grad_() if a is tensors[0] else a for a in args)
 
 
-def plan_checkpoints(modules: Iterable[Any], runtime: Runtime) -> None:
-    """Binds the checkpointing functions of `modules` to the plan of each call.
+def may_checkpoint(model: nn.Module, sites: Iterable[Any]) -> list[tuple[nn.Module, str]]:
+    """The modules that may checkpoint, each with how the addresses of sites inside begin.
+
+    Args:
+        model: The model.
+        sites: Its sites.
+    """
+    layers = {id(site.host): f"layers.{site.layer}." for site in sites if site.kind == "hidden"}
+    found = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    return [(module, layers.get(id(module), "")) for module in found]
+
+
+def plan_checkpoints(modules: Iterable[tuple[Any, str]], runtime: Runtime) -> None:
+    """Binds checkpointing functions to the plan of each call.
 
     Called on entering a training forward, because users and trainers switch checkpointing on at
     any time and at any level of the model.
+
+    Args:
+        modules: The modules that may have one, each with how the addresses of sites inside begin.
+        runtime: The model's runtime.
     """
-    module: Any
-    for module in modules:
+    for module, address in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)
         if function is not None and not isinstance(function, PlannedCheckpoint):
-            module._gradient_checkpointing_func = PlannedCheckpoint(runtime, function)
+            module._gradient_checkpointing_func = PlannedCheckpoint(
+                runtime, function, module, address
+            )
