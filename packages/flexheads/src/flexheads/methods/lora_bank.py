@@ -26,7 +26,7 @@ class DeltaBank(Bank["Delta"]):
         assert isinstance(projection, Projection)
         first = self.first
         down, up = self.stacked_pairs(lambda part: part.factors(), chosen)
-        inner = torch.bmm(first.dropped(hidden.to(first.dtype)), down.transpose(1, 2))
+        inner = torch.bmm(first.dropped(hidden.to(down.dtype)), down.transpose(1, 2))
         factor = self.factors(lambda part: part.scaling, chosen, inner)
         if isinstance(factor, Tensor):
             inner, factor = inner * factor, 1.0

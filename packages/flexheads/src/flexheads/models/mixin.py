@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from flexheads.errors import ConfigError, FlexheadsError, UnknownNameError, Unsu
 from flexheads.methods.base import Adapter, AddressedModules, is_shared
 from flexheads.methods.config import AdapterConfig, load_config
 from flexheads.methods.fusion import AdapterFusion
-from flexheads.models.container import NamedModules
+from flexheads.models.compiling import CompilingMixin
+from flexheads.models.container import NamedModules, all_parameters
 from flexheads.models.merging import MergingMixin
 from flexheads.models.task_ids import at_rows, by_first_row, with_task_ids
 from flexheads.models.summary import AdapterSummary, summarise
@@ -29,7 +31,7 @@ from flexheads.sites.runtime import plan_checkpoints
 from flexheads.specs import ArchitectureSpec
 
 
-class AdapterModelMixin(MergingMixin):
+class AdapterModelMixin(CompilingMixin, MergingMixin):
     """Named adapters on a transformers model.
 
     Attributes:
@@ -370,7 +372,7 @@ class AdapterModelMixin(MergingMixin):
         if merged := [n for n in (block.names() if block else ()) if n in self._merged]:
             raise UnsupportedError(f"{merged} are merged; call reset_adapter() before training.")
         self.set_active_adapters(block)
-        for parameter in self.parameters():
+        for parameter in filter(attrgetter("requires_grad"), all_parameters(self)):
             parameter.requires_grad_(False)
         trained = [self.adapters[name] for name in (block.names() if block else ())]
         for module in [*trained, *self._active_head_modules()]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,18 +68,14 @@ class KnownRows:
 
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
-        self._present: dict[int, list[int]] = {}
-        self._orders: dict[torch.device, _Order] = {}
-        self._chosen: dict[tuple[int, torch.device], Chosen] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     def present(self, batch: int) -> Sequence[int]:
-        found = self._present.get(batch)
-        if found is None:
-            rows = self.routing.rows(batch)
-            found = [n for n, own in enumerate(rows) if len(_numbers(own, batch))]
-            if not torch.compiler.is_compiling():  # made while tracing, it must not outlive that
-                self._present[batch] = found
-        return found
+        return self._once(batch, lambda: self._present(batch))  # type: ignore[no-any-return]
+
+    def _present(self, batch: int) -> list[int]:
+        rows = enumerate(self.routing.rows(batch))
+        return [number for number, own in rows if len(_numbers(own, batch))]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         batch = tensor.shape[0]
@@ -98,30 +94,34 @@ class KnownRows:
 
     def chosen(self, batch: int, device: torch.device) -> Chosen:
         key = (batch, device)
-        found = self._chosen.get(key)
-        if found is None:
-            present, places = self.present(batch), [0] * batch
-            rows = self.routing.rows(batch)
-            for place, number in enumerate(present):
-                for row in _numbers(rows[number], batch):
-                    places[row] = place
-            as_they_are = places == list(range(len(present)))
-            found = Chosen(present, None if as_they_are else _constant(places, device))
-            if not torch.compiler.is_compiling():
-                self._chosen[key] = found
-        return found
+        return self._once(key, lambda: self._chosen(batch, device))  # type: ignore[no-any-return]
+
+    def _chosen(self, batch: int, device: torch.device) -> Chosen:
+        present, places = self.present(batch), [0] * batch
+        rows = self.routing.rows(batch)
+        for place, number in enumerate(present):
+            for row in _numbers(rows[number], batch):
+                places[row] = place
+        as_they_are = places == list(range(len(present)))
+        return Chosen(present, None if as_they_are else _constant(places, device))
 
     def _order(self, device: torch.device) -> _Order:
-        found = self._orders.get(device)
-        if found is None:
-            index = self.routing.index or ()
-            order = sorted(range(len(index)), key=index.__getitem__)
-            back = sorted(range(len(order)), key=order.__getitem__)
-            sizes = [index.count(number) for number in self.present(len(index))]
-            found = _Order(_constant(order, device), _constant(back, device), sizes)
-            if not torch.compiler.is_compiling():
-                self._orders[device] = found
-        return found
+        return self._once(device, lambda: self._new_order(device))  # type: ignore[no-any-return]
+
+    def _new_order(self, device: torch.device) -> _Order:
+        index = self.routing.index or ()
+        order = sorted(range(len(index)), key=index.__getitem__)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        sizes = [index.count(number) for number in self.present(len(index))]
+        return _Order(_constant(order, device), _constant(back, device), sizes)
+
+    def _once(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """What is found once; compiled code neither sees nor leaves anything here."""
+        if torch.compiler.is_compiling():
+            return find()
+        if key not in self._kept:
+            self._kept[key] = find()
+        return self._kept[key]
 
 
 class TensorRows:

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexheads.composition import Average, BatchSplit, Block, Fuse, Parallel, Rows, Split, Stack
+from flexheads.composition import (
+    Average,
+    BatchSplit,
+    Block,
+    Fuse,
+    MultiTask,
+    Parallel,
+    Rows,
+    Split,
+    Stack,
+)
 from flexheads.models.inputs import batch_size
 from flexheads.models.with_heads import ModelWithHeads
 from flexheads.sites.base import first_tensor
@@ -113,10 +123,15 @@ def _check_parallel(model: ModelWithHeads) -> None:
     _check_each(model, Parallel("a", "b"), rows)
 
 
-def _check_each(model: ModelWithHeads, block: Block, rows: list[Row]) -> None:
+def _check_multi_task(model: ModelWithHeads) -> None:
+    rows: list[Row] = [("b", 0), (None, 1), ("a", 2)]
+    _check_each(model, MultiTask("a", None, "b"), rows, task_ids=torch.tensor([2, 1, 0]))
+
+
+def _check_each(model: ModelWithHeads, block: Block, rows: list[Row], **call: Any) -> None:
     """Each row is as under its adapter alone, before heads and in the head of that name."""
     alone = {name: _states(model, name) for name, _ in rows}
-    mixed = _states(model, block)
+    mixed = _states(model, block, **call)
     for number, (name, row) in enumerate(rows):
         _equal(mixed[number], alone[name][row], f"{block}, row {number}")
     if model.spec.pooling is None:
@@ -124,21 +139,21 @@ def _check_each(model: ModelWithHeads, block: Block, rows: list[Row]) -> None:
     for name in ("a", "b"):
         model.add_classification_head(name, num_labels=2, set_active=False)
     inputs = tiny_inputs(model.config)
-    found = model(**inputs, adapter_names=block)
+    found = model(**inputs, adapter_names=block, **call)
     for name in ("a", "b"):
         scores = model(**inputs, adapter_names=name, head=name).logits
         own = [row for adapter, row in rows if adapter == name]
         _equal(found[name].logits, scores[own], f"{block}, head {name!r}")
 
 
-def _states(model: ModelWithHeads, setup: Block | str | None) -> Tensor:
+def _states(model: ModelWithHeads, setup: Block | str | None, **call: Any) -> Tensor:
     """What each row becomes under a setup, as far as the backbone says.
 
     Of a model of two parts that are compared, these are the vectors of texts.
     """
     model.set_active_adapters(setup)
     model.active_head = None
-    found = model(**tiny_inputs(model.config))
+    found = model(**tiny_inputs(model.config), **call)
     names = ("last_hidden_state", "text_embeds", "logits")
     states: Tensor = found[next(name for name in names if name in found)]
     return states
@@ -166,5 +181,6 @@ BLOCK_CHECKS: Mapping[str, Callable[[ModelWithHeads], Any]] = {
     "Parallel": _check_parallel,
     "BatchSplit": _check_batch_split,
     "Rows": _check_rows,
+    "MultiTask": _check_multi_task,
 }
 """How each block is compared with its definition."""
