@@ -22,7 +22,7 @@ MIXED = (
     ("double_seq_bn", "mam"),
     ("oft", "lora"),
 )
-ROWS = {column for column in BLOCKS if column.startswith(("BatchSplit", "Parallel", "Rows"))}
+ROWS = {column for column in BLOCKS if column in ("BatchSplit", "Parallel", "Rows", "MultiTask")}
 
 
 def named(config: str) -> str:

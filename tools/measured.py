@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import BertConfig
 
-from flexheads.composition import BLOCKS, BatchSplit, Fuse, Rows, Split
-from flexheads.errors import CompositionError, ConfigError, UnsupportedError
+from flexheads.errors import UnsupportedError
 from flexheads.models.with_heads import with_heads_class
 
 _PLACES = {
@@ -64,32 +63,6 @@ def facts(config: str) -> Facts:
     parameters = sum(p.numel() for p in adapter.parameters())
     base.delete_adapter("new")
     return Facts(parameters, _share(parameters), "; ".join(places), *_behaviour(config))
-
-
-@functools.cache
-@torch.no_grad()
-def blocks(config: str) -> dict[str, bool]:
-    """For each kind of block, whether it takes two adapters of this configuration."""
-    model, ids = _small(), torch.arange(12).view(2, 6)
-    names = ("a", "b")
-    for name in names:
-        model.add_adapter(name, config)
-    sized = {Split: {"splits": 3}, BatchSplit: {"batch_sizes": 1}}
-    taken = {}
-    for word, kind in BLOCKS.items():
-        try:
-            if kind is Fuse:
-                model.add_adapter_fusion(names)
-            block = Rows(names) if kind is Rows else kind(*names, **sized.get(kind, {}))
-            model(ids, adapter_names=block)
-            taken[word] = True
-        except (CompositionError, ConfigError, UnsupportedError):
-            taken[word] = False
-    for fusion in list(model.adapter_fusions):
-        model.delete_adapter_fusion(fusion)
-    for name in names:
-        model.delete_adapter(name)
-    return taken
 
 
 @functools.cache

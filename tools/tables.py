@@ -147,17 +147,17 @@ def _facts(config: str) -> tuple[str, ...]:
 
 
 def takes() -> str:
-    """Which configuration goes into which block."""
-    import measured
+    """Every configuration in every block, as tried on tiny models of three architectures."""
+    import block_tables
 
-    pages, rows = pages_by_identifier(), []
-    for spec in registry().methods.values():
-        firsts = {_meaning(spec, name): name for name in reversed(spec.identifiers)}
-        for name in reversed(firsts.values()):
-            taken = measured.blocks(NEEDS.get(name, name)).values()
-            answers = ("yes" if one else "no" for one in taken)
-            rows.append((f"[`{name}`](methods/{pages[name]})", *answers))
-    return table(("configuration", *(code(name) for name in BLOCKS)), rows)
+    return block_tables.cells(pages_by_identifier())
+
+
+def takes_there() -> str:
+    """The same of the `adapters` library."""
+    import block_tables
+
+    return block_tables.peer()
 
 
 def _meaning(spec: AdapterMethodSpec, name: str) -> str:
@@ -291,7 +291,8 @@ def nesting() -> str:
 
 
 def _block(kind: Any, *children: Any) -> Any:
-    sizes = {Split: {"splits": 2}, BatchSplit: {"batch_sizes": 1 + (children[0] != "a")}}
+    inside = 1 + (children[0] != "a")
+    sizes = {Split: {"splits": 2 * inside}, BatchSplit: {"batch_sizes": inside}}
     return kind(list(children)) if kind is Rows else kind(*children, **sizes.get(kind, {}))
 
 
@@ -352,6 +353,7 @@ PARTS: dict[str, Callable[..., str]] = {
         fusions,
         nesting,
         takes,
+        takes_there,
         about,
         others,
     )

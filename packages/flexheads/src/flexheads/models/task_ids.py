@@ -54,15 +54,6 @@ def with_task_ids(plan: Plan, task_ids: Any) -> Plan:
     return at_rows(plan, plan.routing.assigned([tasks[number] for number in ids]))
 
 
-def numbered(plan: Plan, task_ids: Sequence[Any]) -> Tensor:
-    """A list of numbers and branches as numbers of tasks, ``(batch,)``.
-
-    Raises:
-        CompositionError: If there is no such task.
-    """
-    return torch.tensor(_ids(plan, task_ids) if plan.routing.tasks else list(task_ids))
-
-
 def _ids(plan: Plan, task_ids: Sequence[Any]) -> list[int]:
     block: Any = next(filter(_is_multitask, plan.setup.blocks()))  # type: ignore[union-attr]
     ids: list[int] = block.ids(task_ids)

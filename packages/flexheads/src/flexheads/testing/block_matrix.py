@@ -17,6 +17,7 @@ from flexheads.composition import (
     Block,
     Child,
     Fuse,
+    MultiTask,
     Parallel,
     Rows,
     Split,
@@ -28,6 +29,8 @@ from flexheads.sites.base import first_argument, first_tensor
 from flexheads.testing.tiny import randomise, tiny_inputs, tiny_model
 
 ROWS, LENGTH = 3, 7
+TASKS = (2, 0, 2)
+"""The task of each row."""
 WEIGHTS, SPLITS = (0.25, 0.75), (3, 4)
 
 BLOCKS: Mapping[str, Block] = {
@@ -39,6 +42,7 @@ BLOCKS: Mapping[str, Block] = {
     "Parallel": Parallel("a", "b"),
     "Rows": Rows(["b", "a", "b"]),
     "Rows with None": Rows(["b", None, "a"]),
+    "MultiTask": MultiTask("a", "copy", "b"),
     "Stack in Parallel": Parallel(Stack("a", "b"), Stack("b", "a"), Parallel("a", "b")),
     "BatchSplits in Stack": Stack(
         BatchSplit("a", "b", batch_sizes=[2, 1]), BatchSplit("b", "copy", batch_sizes=[1, 2])
@@ -89,7 +93,7 @@ class Bench:
     def _check(self, setup: Block) -> None:
         if isinstance(setup, Fuse):
             self._check_fuse(setup)
-        elif any(isinstance(block, (BatchSplit, Parallel, Rows)) for block in setup.blocks()):
+        elif any(isinstance(block, _SHARING) for block in setup.blocks()):
             self._check_rows(setup)
         else:
             self._check_places(setup)
@@ -111,7 +115,10 @@ class Bench:
         return self._alone[way]
 
     def _run(self, setup: Child) -> Tensor:
-        found: Tensor = self.model(**self.inputs, adapter_names=[] if setup is None else setup)[0]
+        how: dict[str, Any] = {"adapter_names": [] if setup is None else setup}
+        if isinstance(setup, MultiTask):
+            how["task_ids"] = torch.tensor(TASKS)
+        found: Tensor = self.model(**self.inputs, **how)[0]
         return found
 
     def _check_fuse(self, setup: Fuse) -> None:
@@ -253,6 +260,8 @@ def way_of(setup: Child, row: int, rows: int, copy: int) -> Child:
     """
     if not isinstance(setup, Block):
         return setup
+    if isinstance(setup, MultiTask):
+        return way_of(setup[TASKS[row]], row, rows, copy)
     if isinstance(setup, Rows):
         return way_of(setup[row], 0, 1, copy)
     if isinstance(setup, BatchSplit):
@@ -275,6 +284,9 @@ def _copies(setup: Child) -> int:
     counts = [_copies(child) for child in setup]
     return sum(counts) if isinstance(setup, Parallel) else max(counts)
 
+
+_SHARING = (BatchSplit, MultiTask, Parallel, Rows)
+"""Blocks in which rows go ways of their own."""
 
 _HOOKS = {"output": "hook", "input": "pre_hook"}
 
