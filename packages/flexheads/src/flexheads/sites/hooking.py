@@ -52,10 +52,7 @@ def run_first(handle: RemovableHandle) -> None:
 
 
 def _add(
-    hooks: OrderedDict[int, Any],
-    notes: OrderedDict[int, bool],
-    hook: Callable[..., Any],
-    first: bool,
+    hooks: dict[int, Any], notes: dict[int, bool], hook: Callable[..., Any], first: bool
 ) -> RemovableHandle:
     if len(notes) > _NOTES_KEPT:
         for gone in [number for number in list(notes) if number not in hooks]:
