@@ -144,11 +144,11 @@ def _down(part: Any, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _up(part: Any, rank: int, constant: float, dtype: torch.dtype) -> Tensor:
     """``U'``, ``(rank, width)``, its last row the bias, for a last value of `constant`."""
-    scaling = part.scaling if isinstance(part.scaling, float) else part.scaling.to(dtype)
+    scaling: Any = part.scaling if part.config.scaling != 1 else 1.0
     weight = part.up.weight.t().to(dtype)
     bias = part.up.bias.to(dtype) / constant
     zeros = weight.new_zeros(rank - 1 - _rank(part), weight.shape[1])
-    return torch.cat([weight, zeros, bias[None]]) * scaling
+    return (torch.cat([weight, zeros, bias[None]]) * scaling).to(dtype)
 
 
 def _asked(fusion: FusionPart, ups: Tensor) -> tuple[Tensor, Tensor]:
