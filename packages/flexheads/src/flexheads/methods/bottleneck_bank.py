@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +30,11 @@ class BottleneckBank(Bank["Bottleneck"]):
         """What is added to each row: ``(batch, sequence, width)`` both ways."""
         first = self.first
         inner = first.activation(self._linear(chosen, "down", hidden))
-        up = self._linear(chosen, "up", inner)
-        up = first.dropout(up)
+        up: Tensor = first.dropout(self._linear(chosen, "up", inner))
+        own: Any = attrgetter("scaling")  # a number, or learned
         if isinstance(first.scaling, nn.Parameter):
-            return up * self.stacked(lambda part: part.scaling, chosen, 0.0).unsqueeze(1)  # type: ignore[arg-type,return-value]
-        factor = self.factors(lambda part: part.scaling, chosen, up)  # type: ignore[arg-type,return-value]
+            return up * self.stacked(own, chosen, 0.0).unsqueeze(1)
+        factor = self.factors(own, chosen, up)
         return up * factor if isinstance(factor, Tensor) or factor != 1 else up
 
     def _linear(self, chosen: Chosen, name: str, hidden: Tensor) -> Tensor:

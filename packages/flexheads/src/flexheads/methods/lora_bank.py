@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class DeltaBank(Bank["Delta"]):
     """Changes of a weight as two batched products with their factors; see `Delta.factors`."""
 
+    first: Delta
+
     def __call__(self, chosen: Chosen, *args: object) -> Tensor:
         """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""
         hidden, output, projection = args
@@ -42,6 +44,8 @@ class DeltaBank(Bank["Delta"]):
 
 class ScalingBank(Bank["Scaling"]):
     """Vectors that scale the result of a projection."""
+
+    first: Scaling
 
     def __call__(self, chosen: Chosen, *args: object) -> Tensor:
         """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""

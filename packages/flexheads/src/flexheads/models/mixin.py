@@ -19,8 +19,8 @@ from flexheads.methods.fusion import AdapterFusion
 from flexheads.models.compiling import CompilingMixin
 from flexheads.models.container import NamedModules, all_parameters
 from flexheads.models.merging import MergingMixin
-from flexheads.models.task_ids import at_rows, by_first_row, with_task_ids
 from flexheads.models.summary import AdapterSummary, summarise
+from flexheads.models.task_ids import at_rows, by_first_row, with_task_ids
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.routing import route

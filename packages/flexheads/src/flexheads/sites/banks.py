@@ -155,5 +155,3 @@ def chain_bank(chains: Sequence[Sequence[Any]], changed: int) -> ChainBank | Non
             return None
         steps.append(bank)
     return ChainBank(steps, changed) if steps else None
-
-

@@ -143,13 +143,15 @@ class ResidualOp(NamedTuple):
     def _run_each(self, stream: Stream, rows: RowMap, batch: int) -> Ran:
         """The chains one by one."""
         present = rows.present(batch)
-        split = [[None] * len(present) if t is None else rows.split(t) for t in stream[:3]]
+        none = [None] * len(present)
+        total, x, r = (none if t is None else rows.split(t) for t in stream[:3])
         streams = []
-        for number, *own in zip(present, *split, strict=True):
+        for number, *own in zip(present, total, x, r, strict=True):
             norm = stream.norm
             if self.norms:
                 norm = partial(_normed, norm, self.norms[number])
-            streams.append(_run(self.chains[number], Stream(*own, norm)))
+            given = Stream(own[0], own[1], own[2], norm)
+            streams.append(_run(self.chains[number], given))
         return Ran(streams, [self.replaces[number] for number in present], rows)
 
 

@@ -32,6 +32,9 @@ class Chosen(NamedTuple):
 class RowMap(Protocol):
     """The rows of each chain, for tensors whose first dimension is the batch."""
 
+    def __hash__(self) -> int:
+        """One for each object; what is known of its rows is kept by that."""
+
     def present(self, batch: int) -> Sequence[int]:
         """The numbers of the chains that `split` gives rows for, in a batch of so many rows."""
 
