@@ -145,11 +145,20 @@ class Bottleneck(ResidualPart):
     def forward(self, stream: Stream) -> Stream:
         """Adapts the residual stream; see `flexheads.sites.residual.Stream`."""
         delta = self._forgetful(stream) if self.training and self.forgets else None
-        if delta is not None:
-            after_norm = self.config.residual_before_ln is True
-            return self._added(stream, delta, None if after_norm else stream.total)
-        hidden, skip = self.enter(stream)
-        return self._added(stream, self.delta(hidden), skip)
+        if delta is None:
+            hidden, skip = self.enter(stream)
+            delta = self.delta(hidden)
+        else:
+            skip = None if self.config.residual_before_ln is True else stream.total
+        x: Any = stream.x if skip is None else skip
+        if self.skips_inside:
+            delta = delta + x
+        if self.norm_after is not None:
+            delta = self.norm_after(delta)
+        if self.skips_inside:
+            r: Any = stream.r
+            return Stream(delta + r, delta, r, stream.norm)
+        return stream.add(delta, skip)
 
     def _forgetful(self, stream: Stream) -> Tensor | None:
         """`delta` behind the layer's norm, computed again for gradients instead of kept.
@@ -164,18 +173,6 @@ class Bottleneck(ResidualPart):
         if self.dropout.p or not torch.is_grad_enabled():
             return None
         return recomputed(lambda total: self.delta(norm(total)), given, self, owner)
-
-    def _added(self, stream: Stream, delta: Tensor, skip: Tensor | None) -> Stream:
-        """The stream with what the bottleneck adds."""
-        x: Any = stream.x if skip is None else skip
-        if self.skips_inside:
-            delta = delta + x
-        if self.norm_after is not None:
-            delta = self.norm_after(delta)
-        if self.skips_inside:
-            r: Any = stream.r
-            return Stream(delta + r, delta, r, stream.norm)
-        return stream.add(delta, skip)
 
     def bank(self, parts: Sequence[ResidualPart | None]) -> BottleneckBank | None:
         if None in parts and not self._adds_to_x:

@@ -70,7 +70,8 @@ def flatten_choices(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | No
     Raises:
         ConfigError: If only some of the inputs have it.
     """
-    depth = {name: inputs[name].dim() for name in _TOKEN_INPUTS if _batched(inputs.get(name))}
+    given = {name: inputs[name] for name in _TOKEN_INPUTS if name in inputs}
+    depth = {name: t.dim() for name, t in given.items() if isinstance(t, Tensor) and t.dim()}
     if _batched(inputs.get("inputs_embeds")):
         depth["inputs_embeds"] = inputs["inputs_embeds"].dim() - 1
     if 3 not in depth.values():

@@ -82,6 +82,7 @@ class ModelWithHeads(
             backbone = backbone_class(config)
         assert backbone is not None
         setattr(self, self.base_model_prefix, backbone)
+        self._two_sided = bool(getattr(config, "is_encoder_decoder", False))
         self.heads = NamedModules("head")
         self._stacks = HeadStacks()
         self.loss_weights = NamedModules("head")
@@ -163,7 +164,9 @@ class ModelWithHeads(
         labels = take_labels(inputs, plan, self.heads, self._stacks.facts(plan, self.heads))
         inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
         check_rows(plan, inputs)
-        own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
+        own_labels: list[Labels] = []
+        if plan.heads:
+            own_labels = labels_by_route(labels, plan, self.heads, inputs, choices)
         if plan.routing.repeat > 1:
             inputs = repeat_rows(inputs, plan.routing.repeat)
         with self._enter(plan):
@@ -189,7 +192,7 @@ class ModelWithHeads(
         self, plan: Plan, labels: Mapping[str, Labels], inputs: dict[str, Any]
     ) -> dict[str, Any]:
         """The inputs, with the decoder's own where it runs and has none."""
-        if not getattr(self.config, "is_encoder_decoder", False) or self._only_encodes(plan):
+        if not self._two_sided or self._only_encodes(plan):
             return inputs
         starts_with, written = self.spec.decoder_starts_with, self._written(plan, labels)
         return with_decoder_inputs(inputs, written, self.config, starts_with)
@@ -221,7 +224,7 @@ class ModelWithHeads(
 
         Prompts join where the whole backbone is called.
         """
-        if not getattr(self.config, "is_encoder_decoder", False):
+        if not self._two_sided or not plan.heads:
             return False
         sides = {self.heads[route.head].config.side for route in plan.heads}
         return sides == {"encoder"} and PROMPT not in plan.ops
