@@ -99,6 +99,7 @@ class Structure:
         self._held = [owner[key] for owner, key in places]
         self._attributes = [module.__dict__ for head in heads for module in (head, head.layers)]
         self._dropouts = [head.layers.dropout for head in heads]
+        self._flags = [dropout.__dict__ for dropout in self._dropouts]
         self.parameters: Sequence[nn.Parameter] = _parameters(heads)
         self._hooks = RemovableHandle.next_id
 
@@ -120,9 +121,8 @@ class Structure:
 
     def dropping(self) -> bool:
         """Whether dropout is active in one of them."""
-        if not any(map(itemgetter("training"), map(vars, self._dropouts))):
-            return False
-        return any(dropout.training and dropout.p > 0 for dropout in self._dropouts)
+        training = any(map(itemgetter("training"), self._flags))
+        return training and any(one.training and one.p > 0 for one in self._dropouts)
 
 
 class HeadStack:
