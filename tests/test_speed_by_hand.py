@@ -49,14 +49,14 @@ def test_by_hand_is_the_same_and_not_the_bare_backbone(
     with inference():
         bare, floor = hidden(trials["floor"].reference()), hidden(trials["floor"].call())
         assert (bare - floor).abs().max() > 1e-3
-        torch.testing.assert_close(hidden(trials["flexheads"].call()), floor, **own.near)
+        torch.testing.assert_close(hidden(trials["flexheads"].call()), floor, rtol=1e-4, atol=1e-4)
 
 
 def test_a_difference_is_noticed() -> None:
     own = tiny()
     inputs = own.inputs()
     with pytest.raises(AssertionError):
-        works.same(own, lambda: own.bare(**inputs), lambda: [own.bare(**inputs)[0] * 1.01])
+        works.same(own, lambda: own.bare(**inputs), lambda: [own.bare(**inputs)[0] * 1.001])
 
 
 @pytest.mark.parametrize("key", ["parallel", "heads"])

@@ -31,7 +31,7 @@ def _banks(probe: Probe, count: int) -> Banks:
 
 
 def _add(probe: Probe, repeats: int) -> Found:
-    return spent(lambda: lambda: _banks(probe, MANY), repeats)
+    return spent(lambda: lambda: _banks(probe, MANY), repeats, probe.clocks)
 
 
 def _save_all(banks: Banks, folder: Path) -> None:
@@ -58,7 +58,7 @@ def _files(probe: Probe, repeats: int, work: Callable[[Banks, Path], None]) -> F
         def prepared() -> Call:
             return lambda: work(banks, Path(folder))
 
-        return spent(prepared, repeats)
+        return spent(prepared, repeats, probe.clocks)
 
 
 ROWS: dict[str, Callable[[Probe, int], Found]] = {

@@ -89,20 +89,21 @@ class Attending(nn.Module):
     def __init__(self, bottlenecks: Sequence[Bottleneck], fusion: dict[str, Tensor]) -> None:
         super().__init__()
         self.count, self.rank = len(bottlenecks), len(bottlenecks[0].down)
+        fusion = {key: weight.float() for key, weight in fusion.items()}
         asked = fusion["key.weight"].t() @ fusion["query.weight"]
         asked_bias = fusion["key.weight"].t() @ fusion["query.bias"]
-        ups = [each.up.detach() for each in bottlenecks]
-        biases = torch.stack([each.up_bias.detach() for each in bottlenecks])
+        ups = [each.up.detach().float() for each in bottlenecks]
+        biases = torch.stack([each.up_bias.detach().float() for each in bottlenecks])
         rows = [each.down.detach() for each in bottlenecks]
         rows += [up.t() @ asked for up in ups] + [biases @ asked]
         offsets = [each.down_bias.detach() for each in bottlenecks]
         offsets += [up.t() @ asked_bias for up in ups] + [biases @ asked_bias]
         value = fusion["value.weight"]
-        self.register_buffer("entry", torch.cat(rows))
-        self.register_buffer("entry_bias", torch.cat(offsets))
-        self.register_buffer(
-            "exit", torch.cat([*(value @ up for up in ups), value @ biases.t()], 1)
-        )
+        exits = torch.cat([*(value @ up for up in ups), value @ biases.t()], 1)
+        dtype = bottlenecks[0].up.dtype
+        self.register_buffer("entry", torch.cat(rows).to(dtype))
+        self.register_buffer("entry_bias", torch.cat(offsets).to(dtype))
+        self.register_buffer("exit", exits.to(dtype))
 
     def forward(self, total: Tensor, norm: Norm) -> Tensor:
         """The new stream."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from benchmarks.speed.pairing import Found, Trial, compare
-from benchmarks.speed.probe import Probe, inference
+from benchmarks.speed.probe import Probe, hidden, inference
 from benchmarks.speed.works import SETUPS
 
 ROWS = {f"compiled_{key}": key for key in ("seq_bn", "lora", "stack", "fuse", "rows_8")}
@@ -24,7 +24,7 @@ def measured(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     bare = partial(_compiled(probe.backbone()), **inputs)
     ours = partial(_compiled(setup.model), **inputs, **setup.call)
     with inference():
-        torch.testing.assert_close(ours()[0], setup.model(**inputs, **setup.call)[0], **probe.near)
+        probe.require_same(hidden(ours()), hidden(setup.model(**inputs, **setup.call)))
         return compare({"flexheads": Trial(bare, ours)}, repeats, probe.clocks)
 
 

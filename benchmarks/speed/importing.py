@@ -16,6 +16,7 @@ BASE = "import torch, transformers; from transformers import AutoModel, PreTrain
 
 def import_ratio(more: str, repeats: int, environment: Mapping[str, str]) -> Found:
     """CPU time of a new interpreter with these imports, over that with `BASE` alone."""
+    repeats = min(repeats, 3)  # each takes seconds
     base, own = (partial(_run, code, environment) for code in (BASE, f"{BASE}; {more}"))
     base(), own()  # modules are compiled and files are in memory
     runs = [run() for run in (*[base, own] * repeats, base)]

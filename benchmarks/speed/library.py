@@ -89,7 +89,7 @@ def _add(library: Library, probe: Probe, repeats: int) -> Found:
         model = library.fresh(probe)
         return lambda: [library.add(model, f"a{number}", "lora") for number in range(MANY)]
 
-    return spent(prepared, repeats)
+    return spent(prepared, repeats, probe.clocks)
 
 
 def _save(library: Library, probe: Probe, repeats: int) -> Found:
@@ -100,7 +100,7 @@ def _save(library: Library, probe: Probe, repeats: int) -> Found:
             shutil.rmtree(folder)
             return lambda: _save_all(library, model, Path(folder))
 
-        return spent(prepared, repeats)
+        return spent(prepared, repeats, probe.clocks)
 
 
 def _save_all(library: Library, model: Any, folder: Path) -> None:
@@ -119,7 +119,7 @@ def _load(library: Library, probe: Probe, repeats: int) -> Found:
                 for number in range(FILES)
             ]
 
-        return spent(prepared, repeats)
+        return spent(prepared, repeats, probe.clocks)
 
 
 def _switch(library: Library, probe: Probe, repeats: int, *, config: str) -> Found:

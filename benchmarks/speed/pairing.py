@@ -115,13 +115,14 @@ def compare(trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock]) 
     return {name: summed_up(*zip(*each, strict=True)) for name, each in ratios.items()}
 
 
-def spent(prepared: Callable[[], Call], repeats: int) -> Found:
-    """CPU seconds of a work that can be done but once.
+def spent(prepared: Callable[[], Call], repeats: int, clocks: Sequence[Clock]) -> Found:
+    """Seconds of a work that can be done but once.
 
     Args:
         prepared: Prepares the work, and returns it.
         repeats: How often.
+        clocks: One, or CPU time and wall time.
     """
     prepared()()  # what is imported late is imported
-    rounds = [taken(prepared(), [cpu_time, time.perf_counter]) for _ in range(repeats)]
+    rounds = [taken(prepared(), clocks) for _ in range(repeats)]
     return summed_up(*zip(*rounds, strict=True))

@@ -84,11 +84,16 @@ class Probe:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | ({"use_cache": False} if self.model.startswith("decoder") else {})
 
-    @property
-    def near(self) -> dict[str, float]:
-        """How near the numbers of two sides have to be to each other."""
-        near = 1e-4 if self.dtype == "float32" else 0.15
-        return {"rtol": near, "atol": near}
+    def require_same(self, ours: Tensor, other: Tensor) -> None:
+        """Requires that two sides give the same numbers, up to rounding.
+
+        Random layers make rounding larger, so what counts is how much of the whole differs.
+
+        Raises:
+            AssertionError: If they do not.
+        """
+        far = float((ours.float() - other.float()).norm() / other.float().norm())
+        assert far < (1e-4 if self.dtype == "float32" else 0.05), f"they differ by {far:.2g}"
 
     @property
     def clocks(self) -> Sequence[Clock]:

@@ -123,17 +123,13 @@ SETUPS: dict[str, Callable[[Probe], Setup]] = {
 
 
 def same(probe: Probe, ours: Call, floor: Call) -> None:
-    """Requires that two works give the same numbers; in short dtypes, roughly.
-
-    Random layers make rounding larger, so what counts is how much of the whole differs.
+    """Requires that two works give the same numbers.
 
     Raises:
         AssertionError: If they do not.
     """
     with inference():
-        one, other = hidden(ours()).float(), hidden(floor()).float()
-    differing = float((one - other).norm() / other.norm())
-    assert differing < probe.near["rtol"], f"A share of {differing:.3g} differs from the floor."
+        probe.require_same(hidden(ours()), hidden(floor()))
 
 
 def forward(probe: Probe, key: str) -> dict[str, Trial]:
@@ -191,7 +187,7 @@ def fifty_heads(probe: Probe, key: str) -> dict[str, Trial]:
     ours, floor = partial(model, **inputs), heads.floor(model, bare)
     with inference():
         told = torch.stack([each.logits for each in ours().values()])
-        torch.testing.assert_close(told, floor(), rtol=1e-2, atol=1e-2)
+        probe.require_same(told, floor())
     return {"flexheads": Trial(bare, ours), "floor": Trial(bare, floor)}
 
 
