@@ -73,14 +73,20 @@ def head_matrix() -> str:
 
 
 def block_matrix() -> str:
-    """Which architecture runs under which block."""
+    """Which architecture runs under which block, and where it repeats rows for `Parallel`."""
     import carried
 
     rows = (
-        (code(name), *("yes" if one else "no" for one in carried.blocks(name)))
-        for name in registry().architectures
+        (
+            code(name),
+            *("yes" if one else "no" for one in carried.blocks(name)),
+            "a layer" if spec.shares_layers else "the entry",
+        )
+        for name, spec in registry().architectures.items()
     )
-    return table(("architecture", *map(code, carried.examples())), rows)
+    return table(
+        ("architecture", *map(code, carried.examples()), "`Parallel` repeats rows at"), rows
+    )
 
 
 def heads() -> str:

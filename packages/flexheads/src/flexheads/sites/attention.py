@@ -177,7 +177,6 @@ class AttachedAttention(AttachedSite):
         if self.bias is not None:
             self.bias.prefix = self._entered_length
         self.original: Any = None
-        self.eager = getattr(sys.modules[type(host).__module__], "eager_attention_forward", None)
 
     def needed(self, part: AttentionPart) -> frozenset[str]:
         reads = part.reads_hidden and self.mechanism == "interface"
@@ -223,8 +222,9 @@ class AttachedAttention(AttachedSite):
     def _leave(self) -> None:
         if self.bias is not None and self.mechanism == "projections":
             self.bias.leave()
-        if self.mechanism == "interface":  # calls of other threads may still come to `attend`
+        if self.mechanism == "interface":
             self.host.config = self.original
+            vars(self.host).pop(INTERFACE, None)
 
     def op(self, chains: Sequence[Sequence[AttentionPart]], rows: RowMap | None) -> AttentionOp:
         lengths = tuple(sum(part.length for part in chain) for chain in chains)
@@ -258,7 +258,7 @@ class AttachedAttention(AttachedSite):
     ) -> Any:
         """Attends with the prefix; arguments and result are those of an attention function."""
         chosen = implementation(self.original)
-        attention: Any = self.eager if chosen == "eager" else ALL_ATTENTION_FUNCTIONS[chosen]
+        attention = _attention(module, chosen)
         op = self._planned()
         if op is None:
             return attention(module, query, key, value, mask, *args, **kwargs)
@@ -368,7 +368,17 @@ class AttachedAttention(AttachedSite):
 
 def prefix_attention(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The attention function that stands in for the model's own where there are prefixes."""
-    return vars(module)[INTERFACE].attend(module, *args, **kwargs)
+    site = vars(module).get(INTERFACE)
+    if site is None:  # the last prefix went in another thread, since the module has looked
+        return _attention(module, implementation(module.config))(module, *args, **kwargs)
+    return site.attend(module, *args, **kwargs)
+
+
+def _attention(module: Any, chosen: str) -> Any:
+    """The attention function of that name, as a module would find it."""
+    if chosen == "eager":
+        return vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return ALL_ATTENTION_FUNCTIONS[chosen]
 
 
 AttentionInterface.register(INTERFACE, prefix_attention)
