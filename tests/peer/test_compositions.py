@@ -42,7 +42,43 @@ BLOCKS: dict[str, tuple[str, Any, Any]] = {
         flexheads.Stack("c", flexheads.Parallel("a", "b")),
         adapters.Stack("c", adapters.Parallel("a", "b")),
     ),
+    "stack_batch_split": (
+        "seq_bn",
+        flexheads.Stack("c", flexheads.BatchSplit("a", "b", batch_sizes=[2, 1])),
+        adapters.Stack("c", adapters.BatchSplit("a", "b", batch_sizes=[2, 1])),
+    ),
+    "parallel_stack": (
+        "double_seq_bn",
+        flexheads.Parallel(flexheads.Stack("c", "a"), "b"),
+        adapters.Parallel(adapters.Stack("c", "a"), "b"),
+    ),
+    "parallels_in_stack": (
+        "seq_bn",
+        flexheads.Stack(flexheads.Parallel("a", "b"), flexheads.Parallel("c", "d")),
+        adapters.Stack(adapters.Parallel("a", "b"), adapters.Parallel("c", "d")),
+    ),
+    "split": (
+        "seq_bn",
+        flexheads.Split("a", "b", splits=[3, 4]),
+        adapters.Split("a", "b", splits=[3, 4]),
+    ),
 }
+
+RIGHT = {
+    "par_bn": ("BatchSplit",),
+    "compacter[reduction_factor=4]": ("BatchSplit", "Parallel"),
+    "ia3": ("BatchSplit",),
+}
+"""Where each row of the peer is as under its adapter alone, beside what `BLOCKS` has.
+
+Low-rank methods under Parallel crash there unless attention is computed by the fused kernel.
+"""
+
+for config, kinds in RIGHT.items():
+    for kind in kinds:
+        sizes = {"batch_sizes": [1, 2]} if kind == "BatchSplit" else {}
+        ours_and_theirs = (getattr(lib, kind)("a", "b", **sizes) for lib in (flexheads, adapters))
+        BLOCKS[f"{kind} of {config}"] = (config, *ours_and_theirs)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
