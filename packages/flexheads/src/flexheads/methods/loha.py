@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from flexheads.methods.projections import DeltaConfig, DeltaPart, ProjectionMethod, draw_
 from flexheads.sites.linear import AttachedLinear
@@ -39,6 +40,16 @@ class Hadamard(DeltaPart):
             draw_(parameter)
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b)
+
+    def product(self, hidden: Tensor) -> Tensor:
+        # Entry (o, i) of D is a sum over j and k of X1[o, j] X2[o, k] times Y1[j, i] Y2[k, i]: a
+        # product of rank r * r, and where that is small, far less work than the whole weight.
+        left, right = self.hada_w1_a, self.hada_w1_b
+        if left.shape[1] ** 2 * (len(left) + right.shape[1]) > len(left) * right.shape[1]:
+            return super().product(hidden)
+        down = (right.unsqueeze(1) * self.hada_w2_b).flatten(0, 1)
+        up = (left.unsqueeze(2) * self.hada_w2_a.unsqueeze(1)).flatten(1)
+        return functional.linear(functional.linear(hidden, down), up) * self.scaling
 
     def delta(self) -> Tensor:
         first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b

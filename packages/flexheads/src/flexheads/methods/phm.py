@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flexheads.errors import ConfigError
 from flexheads.methods.bottleneck_config import BnConfig
+from flexheads.sites.derived import Derived, look_together
 
 _RULE, _WEIGHT = "phm_rule", "W"
 _UNSHARED_RULE = 0.01
@@ -32,6 +33,7 @@ class SharedPhm(nn.Module):
 
     def __init__(self, width: int, size: int, config: BnConfig) -> None:
         super().__init__()
+        self.kept: list[Derived[Tensor]] = []
         if config.shared_phm_rule:
             uniform = config.phm_c_init == "uniform"
             _add_rule(self, config, 1.0 if uniform else config.phm_init_range)
@@ -43,7 +45,8 @@ class SharedPhm(nn.Module):
 class PhmLinear(nn.Module):
     """One hypercomplex linear layer.
 
-    The weight is computed once in each forward, for all tokens. The up-projection starts at zero
+    The weight is computed once in each forward, for all tokens; in inference it is kept for the
+    next. The up-projection starts at zero
     through its ``W``; where that is factorised, through the right factor only, so that it learns.
 
     Args:
@@ -65,6 +68,10 @@ class PhmLinear(nn.Module):
         super().__init__()
         self.inputs, self.outputs, self.position, self.config = inputs, outputs, position, config
         self._shared = (shared,)  # in a tuple: not its own
+        self._kept: Derived[Tensor] = Derived()
+        if shared is not None:
+            shared.kept.append(self._kept)
+            look_together(shared.kept)
         if not config.shared_phm_rule:
             _add_rule(self, config, _UNSHARED_RULE)
         if not config.shared_W_phm:
@@ -88,7 +95,11 @@ class PhmLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Maps ``(batch, sequence, inputs)`` to ``(batch, sequence, outputs)``."""
-        return nn.functional.linear(hidden, self.weight(hidden).T, self.b)
+        read: Any = (self, *filter(None, self._shared))
+        weight = self._kept.get((), lambda: self.weight(next(self.parameters())), read=read)
+        if weight is None or weight.dtype != hidden.dtype or weight.device != hidden.device:
+            weight = self.weight(hidden)
+        return nn.functional.linear(hidden, weight.T, self.b)
 
 
 def check_phm(config: BnConfig, shapes: Collection[tuple[int, int]]) -> None:

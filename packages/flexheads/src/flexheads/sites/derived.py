@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,33 +66,45 @@ class Derived(Generic[T]):
         return {**self.__dict__, "_kept": None}
 
     def get(
-        self, modules: tuple[nn.Module, ...], compute: Callable[[], T], *attributes: str
+        self,
+        modules: tuple[nn.Module, ...],
+        compute: Callable[[], T],
+        *attributes: str,
+        read: tuple[nn.Module, ...] = (),
     ) -> T | None:
         """The value; None where it must not be kept now, so that the caller computes otherwise.
 
         Args:
-            modules: The modules that it is computed from, with all that is in them.
+            modules: The modules that it stands in for, with all that is in them.
             compute: Computes it.
             attributes: Names of what else of them it is computed from, beside their tensors.
+            read: Modules whose own tensors it is computed from too, but which run by themselves.
         """
         if torch.compiler.is_compiling():
             return None
+        sources = Sources(modules, read, attributes)
         kept, checked = self._kept, _call.checked
-        if kept is None or checked is None or kept not in checked or not kept.is_of(modules):
-            kept = None if watched() else self._looked_at(modules, compute, attributes)
+        if kept is None or checked is None or kept not in checked or not kept.is_of(sources):
+            kept = None if watched() else self._looked_at(sources, compute)
         return None if kept is None else kept.value
 
-    def _looked_at(
-        self, modules: tuple[nn.Module, ...], compute: Callable[[], T], attributes: Sequence[str]
-    ) -> _Kept[T] | None:
+    def _looked_at(self, sources: Sources, compute: Callable[[], T]) -> _Kept[T] | None:
         kept = self._kept
-        if kept is None or not kept.is_of(modules) or not kept.holds():
-            kept = self._kept = _keep(modules, compute, attributes)
+        if kept is None or not kept.is_of(sources) or not kept.holds():
+            kept = self._kept = _keep(sources, compute)
         if kept is not None and _call.checked is not None:
             _call.checked.add(kept)
             others = (other._kept for other in self._together)
             _call.checked.update(other for other in others if other is not None and other.holds())
         return kept
+
+
+class Sources(NamedTuple):
+    """What a value is computed from; see `Derived.get`."""
+
+    modules: tuple[nn.Module, ...]
+    read: tuple[nn.Module, ...]
+    attributes: tuple[str, ...]
 
 
 def look_together(derived: Iterable[Derived[Any]]) -> None:
@@ -139,10 +151,9 @@ class Snapshot:
         """
         if self._step is not _Steps.last:
             return False
-        if tensors is not self._tensors:
-            if not _same(tensors, self._tensors):
-                return False
-            self._tensors = tensors
+        if not _same(tensors, self._tensors):
+            return False
+        self._tensors = tensors  # the same object next time is found out at once
         return self._state == self._read()
 
     def _read(self) -> list[int]:
@@ -153,13 +164,16 @@ class Snapshot:
 class _Kept(Generic[T]):
     """A value, and what has to be as it was when the value was computed."""
 
-    def __init__(self, modules: tuple[nn.Module, ...], attributes: Sequence[str]) -> None:
+    def __init__(self, sources: Sources) -> None:
         self._hooks = RemovableHandle.next_id
-        self._roots, self._modules = modules, _all_of(modules)
+        self._sources, self._modules = sources, _all_of(sources.modules)
         places: list[tuple[dict[str, Any], str]] = [
-            (held, key) for m in self._modules for held in _children(m) for key in held
+            (held, key)
+            for module in (*self._modules, *sources.read)
+            for held in (module._modules, module._parameters, module._buffers)
+            for key in held
         ]
-        names = ("training", "forward", *attributes)
+        names = ("training", "forward", *sources.attributes)
         places += [(module.__dict__, name) for module in self._modules for name in names]
         self._owners, self._keys = zip(*places, strict=True)
         self._held = [owner.get(key) for owner, key in places]
@@ -167,9 +181,10 @@ class _Kept(Generic[T]):
         self._snapshot = Snapshot(self._tensors)
         self.value: Any = None
 
-    def is_of(self, modules: tuple[nn.Module, ...]) -> bool:
-        """Whether the value was computed from these modules."""
-        return modules is self._roots or _same(modules, self._roots)
+    def is_of(self, sources: Sources) -> bool:
+        """Whether the value was computed from these."""
+        own = self._sources
+        return _same(own.modules, sources.modules) and _same(own.read, sources.read)
 
     def holds(self) -> bool:
         """Whether the value is still right, and may be used in this call."""
@@ -188,14 +203,13 @@ class _Kept(Generic[T]):
         return wants_gradients(self._tensors)
 
 
-def _keep(
-    modules: tuple[nn.Module, ...], compute: Callable[[], T], attributes: Sequence[str]
-) -> _Kept[T] | None:
+def _keep(sources: Sources, compute: Callable[[], T]) -> _Kept[T] | None:
     """The value as it has to be computed now; None where it must not be kept."""
-    if not all(map(_is_plain, _all_of(modules))):
+    silent = all(map(_is_silent, _all_of(sources.modules)))
+    if not silent or not all(map(_has_plain_weights, sources.read)):
         return None
     # What is read first is what a change during the computation is noticed by.
-    kept: _Kept[T] = _Kept(modules, attributes)
+    kept: _Kept[T] = _Kept(sources)
     if kept.wanted():
         return None
     # Tensors made in inference mode could not be used outside of it.
@@ -205,23 +219,22 @@ def _keep(
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
+    return some is others or (len(some) == len(others) and all(map(is_, some, others)))
 
 
 def _all_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
     return [inner for module in modules for inner in module.modules()]
 
 
-def _children(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._modules, module._parameters, module._buffers
+def _is_silent(module: nn.Module) -> bool:
+    """Whether nobody would notice that a module does not run: it infers, as its class says."""
+    noticed = module.training or "forward" in module.__dict__ or is_hooked(module)
+    return not noticed and _has_plain_weights(module)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is inferring, as its class says, with tensors whose changes are noticed."""
-    own = module.__dict__
-    if module.training or "forward" in own or is_hooked(module):
-        return False
-    if any(isinstance(value, Tensor) for value in own.values()):
+def _has_plain_weights(module: nn.Module) -> bool:
+    """Whether changes of the tensors of a module itself are noticed."""
+    if any(isinstance(value, Tensor) for value in module.__dict__.values()):
         return False  # weights that somebody has put in place of parameters
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return all(tensor is None or is_plain(tensor) for tensor in tensors)
