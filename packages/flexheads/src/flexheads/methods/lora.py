@@ -29,6 +29,7 @@ from flexheads.methods.lora_parts import (
 )
 from flexheads.methods.mtl_lora import MultiTask
 from flexheads.sites.base import AttachedSite
+from flexheads.sites.derived import look_together
 from flexheads.sites.linear import AttachedLinear
 from flexheads.sites.projection import Projection
 
@@ -73,6 +74,8 @@ class LoRAMethod(AdapterMethod):
         for site in taken:
             with seeded(config.init_weights_seed):
                 parts[site.address] = self._part(site.projection, parts.get(SHARED))
+        if config.use_dora:
+            look_together(vars(part)["kept"] for part in parts.values() if isinstance(part, Delta))
         return parts
 
     def _roles(self, present: set[str]) -> set[str]:

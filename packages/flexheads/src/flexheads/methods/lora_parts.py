@@ -19,6 +19,7 @@ from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_bank import DeltaBank, ScalingBank
 from flexheads.methods.lora_configs import LoRAConfig
+from flexheads.sites.derived import Derived
 from flexheads.sites.direct import quiet
 from flexheads.sites.linear import LinearPart
 from flexheads.sites.projection import Projection
@@ -136,6 +137,7 @@ class Delta(_Gated):
         self.m = Magnitude(projection.weight) if config.use_dora else None
         if config.use_dora:
             self.wants_own_result = True
+            self.kept: Derived[Tensor] = Derived()
 
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
@@ -155,6 +157,11 @@ class Delta(_Gated):
 
     def ratio(self, projection: Projection) -> Tensor:
         """``m / ||W + scaling * D||`` for each output, ``(out,)``, of a part with a magnitude."""
+        read = (*self.modules(), projection.host, *getattr(self, "shared", ()))
+        ratio = self.kept.get((), lambda: self._ratio(projection), "scaling", read=read)
+        return self._ratio(projection) if ratio is None else ratio
+
+    def _ratio(self, projection: Projection) -> Tensor:
         assert self.m is not None
         return self.m.over(self._norm_of(projection.weight))
 

@@ -173,8 +173,9 @@ class _Kept(Generic[T]):
             for held in (module._modules, module._parameters, module._buffers)
             for key in held
         ]
-        names = ("training", "forward", *sources.attributes)
-        places += [(module.__dict__, name) for module in self._modules for name in names]
+        own = ("training", "forward", *sources.attributes)
+        places += [(module.__dict__, name) for module in self._modules for name in own]
+        places += [(m.__dict__, name) for m in sources.read for name in sources.attributes]
         self._owners, self._keys = zip(*places, strict=True)
         self._held = [owner.get(key) for owner, key in places]
         self._tensors = [held for held in self._held if isinstance(held, Tensor)]
