@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flexheads.errors import CheckpointError
@@ -124,16 +124,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(written, path, metadata={"format": "pt"})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, begins: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """Reads tensors from safetensors, or from a ``.bin`` that holds nothing but tensors.
+
+    Args:
+        path: The file.
+        begins: How the names of those that are wanted begin.
 
     Raises:
         CheckpointError: If the file is broken, or holds anything else.
     """
     try:
         if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
+            with safe_open(path, framework="pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys() if k.startswith(begins)}  # noqa: SIM118
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"Cannot read the tensors in {path}: {error}") from error
@@ -143,4 +147,4 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path} should hold a dictionary of tensors.")
-    return content
+    return {name: tensor for name, tensor in content.items() if str(name).startswith(begins)}

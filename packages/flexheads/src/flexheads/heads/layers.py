@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flexheads.activations import activation
 from flexheads.heads.config import FeedForwardConfig
+from flexheads.methods.base import new_linear
 
 
 class Stacked(nn.Module):
@@ -29,7 +30,7 @@ class Stacked(nn.Module):
         last = len(sizes) - 2
         for number, (inputs, outputs) in enumerate(pairwise(sizes)):
             bias = config.bias or number < last
-            self.add_module(str(number), nn.Linear(inputs, outputs, bias=bias))
+            self.add_module(str(number), new_linear(inputs, outputs, bias=bias))
             if config.layer_norm and number < last:
                 self.add_module(f"norm_{number}", nn.LayerNorm(outputs, eps=eps))
         self.depth = len(sizes) - 1

@@ -173,11 +173,11 @@ def awaits_values() -> bool:
     return _FILLING.get()
 
 
-def new_linear(in_features: int, out_features: int) -> nn.Linear:
+def new_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     """A linear layer; where its values are overwritten at once, none are drawn."""
     if not awaits_values():
-        return nn.Linear(in_features, out_features)
-    layer = _Undrawn(in_features, out_features)
+        return nn.Linear(in_features, out_features, bias=bias)
+    layer = _Undrawn(in_features, out_features, bias=bias)
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     return layer
 

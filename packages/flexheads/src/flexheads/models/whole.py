@@ -161,7 +161,7 @@ def restore(model: Any, path: str, kwargs: Mapping[str, Any]) -> None:
         with reading(path):
             restore_from_peer(model, path, described, _tensors(path, hub))
         return
-    tensors = {k: t for k, t in _tensors(path, hub).items() if k.startswith(_OWN)}
+    tensors = _tensors(path, hub, _OWN)
     with reading(path):
         _restore_adapters(model, path, described, tensors)
         # A class with a static head leaves flexible heads, and so what was active of them, behind.
@@ -199,7 +199,8 @@ def _restore_heads(
     """Builds and fills the heads, and what their losses count; see `restore`."""
     for name, provider, fields in described["heads"]:
         fields = dict(fields)
-        head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
+        with to_be_filled():
+            head = model._build_head(name, fields.pop("head_type"), fields, provider, True)
         fill(head, _take(tensors, f"heads.{model.heads.key(name)}."), f"{path}: head {name!r}")
         model._install_head(head)
     for name, value in described.get("loss_weights", ()):
@@ -212,18 +213,23 @@ def _take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: tensor for k, tensor in tensors.items() if k.startswith(prefix)}
 
 
-def _tensors(path: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors in the files of a saved model, sharded or not."""
+def _tensors(
+    path: str, hub: Mapping[str, Any], begins: tuple[str, ...] = ("",)
+) -> dict[str, Tensor]:
+    """The tensors in the files of a saved model, sharded or not, whose names begin so."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single = _file(path, name, hub)
         if single is not None:
-            return read_tensors(single)
+            return read_tensors(single, begins)
         index = _file(path, f"{name}.index.json", hub)
         if index is not None:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             files = [_file(path, shard, hub) for shard in sorted(shards)]
             return {
-                k: t for file in files if file is not None for k, t in read_tensors(file).items()
+                name: tensor
+                for file in files
+                if file is not None
+                for name, tensor in read_tensors(file, begins).items()
             }
     raise CheckpointError(f"{path} has adapters in its configuration, but no weights.")
 

@@ -117,7 +117,10 @@ class ModelWithHeads(
         model = cls(backbone.config, backbone=backbone)
         configure_generation(model, how_to_generate, path, kwargs)
         restore(model, path, kwargs)
-        model.eval()
+        model.training = False
+        for own in model.children():
+            if own is not backbone:  # which transformers has given in that mode
+                own.eval()
         return (model, info) if wants_info else model
 
     def forward(
@@ -162,7 +165,15 @@ class ModelWithHeads(
         keep = inputs.pop("logits_to_keep", 0)
         plan, inputs = step_of(plan, self.input_names, inputs)
         labels = take_labels(inputs, plan, self.heads, self._stacks.facts(plan, self.heads))
-        inputs, choices = flatten_choices(self._with_decoder(plan, labels, inputs))
+        output = self._answer(plan, self._with_decoder(plan, labels, inputs), labels, keep)
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else _as_tuple(output)
+
+    def _answer(
+        self, plan: Plan, given: Mapping[str, Any], labels: Mapping[str, Labels], keep: Any
+    ) -> Any:
+        """What the backbone or the heads of a plan answer, for inputs and the labels of heads."""
+        inputs, choices = flatten_choices(given)
         check_rows(plan, inputs)
         own_labels: list[Labels] = []
         if plan.heads:
@@ -175,8 +186,7 @@ class ModelWithHeads(
                 features = self._features(plan, inputs, output, choices, states)
                 kept_labels = keeping(keep, own_labels, plan, self.heads)
                 output = self._run_heads(plan, features, kept_labels)
-        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
-        return output if as_dict else _as_tuple(output)
+        return output
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resizes the embeddings, and every language-model head of that size; see transformers."""

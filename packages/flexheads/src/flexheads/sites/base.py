@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -203,6 +204,7 @@ def input_embeddings(module: Any) -> Any:
         return None
 
 
+@functools.lru_cache(maxsize=1024)
 def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """The names of a forward's arguments in order, without ``self``."""
     return tuple(inspect.signature(forward).parameters)[1:]

@@ -17,6 +17,11 @@ def find_module(root: nn.Module, path: Path, owner: str) -> nn.Module:
         ConfigError: If none resolves; the message names all that were tried.
     """
     for candidate in alternatives(path):
+        found: nn.Module | None = root
+        for name in candidate.split("."):  # quicker than looking for attributes
+            found = None if found is None else found._modules.get(name)
+        if found is not None:
+            return found
         try:
             return root.get_submodule(candidate)
         except AttributeError:
