@@ -189,16 +189,20 @@ def test_calls_that_name_their_adapters_do_not_notice_changes_of_others(
     done = threading.Event()
 
     def change() -> int:
-        """Adds, loads, activates and deletes adapters of every kind that others do not use."""
+        """Adds, loads, activates and deletes what the calls do not name: adapters, and heads."""
         rounds = 0
         while not done.is_set():
             for method in METHODS.values():
+                if kind == "flexible":
+                    model.add_classification_head("new", num_labels=2)
                 model.add_adapter("new", method, set_active=True)
                 model.load_adapter(tmp_path, load_as="loaded", with_head=False)
                 model.set_active_adapters(Stack("new", "loaded"))
                 model.set_active_adapters("new", skip_layers=[0])
                 model.delete_adapter("new")
                 model.delete_adapter("loaded")
+                if kind == "flexible":
+                    model.delete_head("new")
                 model.set_active_adapters(None, skip_layers=[])
             rounds += 1
         return rounds
