@@ -172,8 +172,8 @@ def test_the_heads_of_tasks_see_their_rows() -> None:
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({}, "needs task_ids"),
     "too few": ({"task_ids": torch.tensor([0, 1])}, "2 rows, but the batch has 4"),
-    "too large": ({"task_ids": torch.tensor([0, 1, 2, 4])}, "Task 4 does not exist"),
-    "negative": ({"task_ids": torch.tensor([0, -1, 2, 3])}, "Task -1 does not exist"),
+    "too large": ({"task_ids": torch.tensor([0, 1, 2, 4])}, "4 stands for 0 tasks"),
+    "negative": ({"task_ids": torch.tensor([0, -1, 2, 3])}, "-1 stands for 0 tasks"),
     "no such branch": ({"task_ids": ["a", "d", "b", "a"]}, "'d' stands for 0 tasks"),
     "no whole numbers": ({"task_ids": torch.ones(4)}, "whole numbers"),
     "two dimensions": ({"task_ids": torch.zeros(4, 1, dtype=torch.long)}, r"\(4, 1\)"),

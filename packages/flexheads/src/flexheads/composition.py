@@ -271,8 +271,7 @@ class Rows(Block):
 class MultiTask(Block):
     """Each row of the batch goes to the branch of its task, which each call tells as ``task_ids``.
 
-    What `Rows` says by values, this says by a tensor, so that one compiled model serves all ways
-    of sharing out the rows. ``MultiTask("a", None, "b")``: rows of task 1 go to the bare model.
+    What `Rows` says by values, this says by a tensor, so one compiled model serves any rows.
 
     Args:
         children: The branch of each task: an adapter name, a block that keeps the rows, or None.
@@ -280,31 +279,21 @@ class MultiTask(Block):
 
     __slots__ = ()
 
-    def ids(self, rows: Iterable[Setup]) -> list[int]:
-        """The numbers of tasks, given what stands for each, for ``torch.tensor``.
-
-        Args:
-            rows: For each row the branch, or the number of the task.
+    def ids(self, rows: Iterable[Setup | int]) -> list[int]:
+        """The numbers of tasks, for ``torch.tensor``, where each row says its branch or its number.
 
         Raises:
-            CompositionError: If something is no branch, the branch of several tasks, or no number
-                of a task.
+            CompositionError: If something stands for no task, or for several.
         """
         return [self._id(row) for row in rows]
 
     def _id(self, row: Any) -> int:
-        if isinstance(row, int) and not isinstance(row, bool):
-            if not 0 <= row < len(self.children):
-                raise CompositionError(
-                    f"Task {row} does not exist: {self!r} has tasks 0 to {len(self.children) - 1}."
-                )
-            return row
         wanted = Stack(*row) if isinstance(row, (list, tuple)) else row
-        found = [task for task, child in enumerate(self.children) if child == wanted]
+        found = [task for task, child in enumerate(self) if task == row or child == wanted]
         if len(found) != 1:
             raise CompositionError(
-                f"{row!r} stands for {len(found)} tasks of {self!r}; name a branch, or give the "
-                f"number of the task, 0 to {len(self.children) - 1}."
+                f"{row!r} stands for {len(found)} tasks of {self!r}; give a branch that is there "
+                f"once, or the number of a task, 0 to {len(self) - 1}."
             )
         return found[0]
 

@@ -280,20 +280,23 @@ class AdapterModelMixin(CompilingMixin, MergingMixin):
         names = () if block is None else block.names()
         if unknown := [name for name in names if name not in self.adapters]:
             raise UnknownNameError("adapter", unknown[0], self.adapters, "Add or load it first.")
+        routing = route(block)
+        if routing.index is None or routing.repeat > 1 or torch.compiler.is_compiling():
+            return self._new_plan(block, heads, skip_layers)
+        # What sites do is the same for all rows with the same chains.
+        key = ("any rows", routing.chains, skip_layers)
+        plan = plans.get(key) or plans.keep(key, self._new_plan(block, (), skip_layers))
+        own = dataclasses.replace(plan, setup=block, heads=by_first_row(heads, routing))
+        return at_rows(own, routing)
+
+    def _new_plan(
+        self, block: Block | None, heads: tuple[HeadRoute, ...], skip_layers: tuple[int, ...]
+    ) -> Plan:
+        names = () if block is None else block.names()
         parts = {n: {} if n in self._merged else self.adapters[n].parts for n in names}
         fuses = [b.name for b in (block.blocks() if block else ()) if isinstance(b, Fuse)]
         fusions = {name: self.adapter_fusions[name].parts for name in fuses}
-        routing = route(block)
-        if routing.index is None or routing.repeat > 1:
-            return self._attachment.plan(block, parts, heads, fusions, skip_layers)
-        key = ("any rows", routing.chains, skip_layers)
-        plan = None if torch.compiler.is_compiling() else plans.get(key)
-        if plan is None:
-            plan = self._attachment.plan(block, parts, (), fusions, skip_layers)
-            if not torch.compiler.is_compiling():
-                plan = plans.keep(key, plan)
-        own = dataclasses.replace(plan, setup=block, heads=by_first_row(heads, routing))
-        return at_rows(own, routing)
+        return self._attachment.plan(block, parts, heads, fusions, skip_layers)
 
     def _plan_of_call(self, adapter_names: Setup, head: Any = None, task_ids: Any = None) -> Plan:
         """The plan of one call, with the rows of a `MultiTask`."""

@@ -116,7 +116,8 @@ class Tokens:
 
     def split(self, rows: RowMap, hidden: Tensor) -> list[Tokens]:
         """The tokens of the rows of each chain, in a batch of which these are hidden states."""
-        return self._once(rows, lambda: self._split(rows, hidden))  # type: ignore[no-any-return]
+        key: Any = rows
+        return self._once(key, lambda: self._split(rows, hidden))  # type: ignore[no-any-return]
 
     def _once(self, key: Hashable, find: Any) -> Any:
         if torch.compiler.is_compiling():  # compilers find equal work by themselves

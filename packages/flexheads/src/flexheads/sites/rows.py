@@ -32,9 +32,6 @@ class Chosen(NamedTuple):
 class RowMap(Protocol):
     """The rows of each chain, for tensors whose first dimension is the batch."""
 
-    def __hash__(self) -> int:
-        """One for each object; what is known of its rows is kept by that."""
-
     def present(self, batch: int) -> Sequence[int]:
         """The numbers of the chains that `split` gives rows for, in a batch of so many rows."""
 
@@ -62,7 +59,7 @@ class _Order(NamedTuple):
     sizes: list[int]
 
 
-class KnownRows:
+class KnownRows(RowMap):
     """Rows that are known before the call.
 
     Args:
@@ -127,7 +124,7 @@ class KnownRows:
         return self._kept[key]
 
 
-class TensorRows:
+class TensorRows(RowMap):
     """Rows that nothing but a tensor tells, so that compiled code serves all of its values.
 
     Every chain sees all rows, and each row keeps what its own chain gives. Where parts have a bank,
@@ -156,7 +153,7 @@ class TensorRows:
         return Chosen(range(self.chains), self.index.to(device))
 
 
-class RowsOfCall:
+class RowsOfCall(RowMap):
     """The rows that the plan of the running call tells, for operations that serve any rows."""
 
     def __init__(self, runtime: Runtime) -> None:
