@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import random
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexheads import Average, BatchSplit, Fuse, Parallel, Rows, Split, Stack
+from flexheads.checkpoints.hub.setup import hub_setup, setup_from_hub
 from flexheads.composition import Block, Child, from_json, to_json
 from flexheads.errors import CompositionError
 from flexheads.routing import Routing, route
@@ -176,7 +178,9 @@ def test_every_row_is_as_under_its_own_chain(model: Any, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_setups_are_values(seed: int) -> None:
     setup = Parallel(any_setup(random.Random(seed), 3, ROWS, LENGTH), "a")
-    for twin in (pickle.loads(pickle.dumps(setup)), from_json(to_json(setup)), eval(repr(setup))):
+    through_files = json.loads(json.dumps([to_json(setup), hub_setup(setup)]))
+    twins = [from_json(through_files[0]), setup_from_hub(through_files[1])]
+    for twin in (*twins, pickle.loads(pickle.dumps(setup)), eval(repr(setup))):
         assert (twin, hash(twin)) == (setup, hash(setup))
         assert route(twin) == route(setup)
     assert setup != Parallel("a", "b")

@@ -36,8 +36,10 @@ def setup_from_hub(described: Any) -> Block | None:
     return from_json(_own(described)) if isinstance(described, dict) else None
 
 
-def _own(described: dict[str, Any]) -> Any:
+def _own(described: dict[str, Any] | None) -> Any:
     """The same in the words of `flexheads.composition.to_json`."""
+    if described is None:
+        return None
     if described["type"] == "single":
         return described["children"][0]
     children = [_own(child) for child in described["children"]]
