@@ -88,7 +88,7 @@ class FoldedFusion:
         """What the down-projections give, and what it is multiplied by for the scores."""
         inner, weight, bias = self.inner, self.weight, self.bias
         if query is hidden:
-            return functional.linear(hidden, weight, bias).split(self.sizes, dim=-1)[:2]
+            return torch.split(functional.linear(hidden, weight, bias), self.sizes, dim=-1)[:2]
         down = functional.linear(hidden, weight[:inner], bias[:inner])
         return down, functional.linear(query, weight[inner : 2 * inner], bias[inner : 2 * inner])
 
@@ -148,7 +148,8 @@ def _up(part: Any, rank: int, constant: float, dtype: torch.dtype) -> Tensor:
     weight = part.up.weight.t().to(dtype)
     bias = part.up.bias.to(dtype) / constant
     zeros = weight.new_zeros(rank - 1 - _rank(part), weight.shape[1])
-    return (torch.cat([weight, zeros, bias[None]]) * scaling).to(dtype)
+    scaled: Tensor = torch.cat([weight, zeros, bias[None]]) * scaling
+    return scaled.to(dtype)
 
 
 def _asked(fusion: FusionPart, ups: Tensor) -> tuple[Tensor, Tensor]:
