@@ -13,7 +13,7 @@ from flexheads.heads.custom import class_of
 from flexheads.heads.ordinal import OrdinalHead
 from flexheads.models.head_methods import HeadsMixin
 from flexheads.plugins import registry
-from flexheads.sites.rows import KnownRows
+from flexheads.sites.rows import Chosen, KnownRows
 from flexheads.testing.block_checks import BLOCK_CHECKS, check_block
 from flexheads.testing.head_checks import check_head, check_head_refusals, fits
 from flexheads.testing.tiny_heads import makes_labels
@@ -62,7 +62,9 @@ def test_a_type_that_takes_what_it_cannot_read_is_found(monkeypatch: Any) -> Non
 
 @pytest.mark.parametrize("block", ["Parallel", "BatchSplit", "Rows"])
 def test_rows_that_change_places_are_found(block: str, monkeypatch: Any) -> None:
+    pick = Chosen.by_row
     monkeypatch.setattr(KnownRows, "merge", lambda self, parts: torch.cat(list(parts)).flip(0))
+    monkeypatch.setattr(Chosen, "by_row", lambda self, each: pick(self, each).flip(0))
     with pytest.raises(AssertionError, match="outputs differ"):
         check_block("bert", block)
 
