@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 import flexheads
-from flexheads.sites.direct import linear, quiet
+from flexheads.sites.direct import are_plain, quiet
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
 METHODS = ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "unipelt"]
@@ -37,9 +37,9 @@ def run_by_calls(monkeypatch: pytest.MonkeyPatch, model: Any, what: Callable[[An
     """What comes of calling every module."""
     with monkeypatch.context() as patch:
         for place in ("sites.direct", "sites.residual", "sites.linear"):
-            patch.setattr(f"flexheads.{place}.quiet", lambda _: False)
+            patch.setattr(f"flexheads.{place}.quiet", lambda *_: False)
         for place in ("methods.bottleneck", "methods.lora_parts"):
-            patch.setattr(f"flexheads.{place}.quiet", lambda _: False)
+            patch.setattr(f"flexheads.{place}.quiet", lambda *_: False)
         return what(model)
 
 
@@ -194,8 +194,7 @@ def test_a_layer_of_another_class_computes_in_its_own_way() -> None:
     quantised = result(model)
     assert not torch.allclose(quantised, before)
     layer = model.adapters["a0"].parts["layers.0.feed_forward"].down
-    hidden = torch.randn(2, 3, layer.in_features)
-    assert torch.equal(linear(layer, hidden), layer(hidden))
+    assert not are_plain(layer)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -274,8 +273,13 @@ def test_they_keep_their_place_beside_others_that_read_more() -> None:
         assert not torch.allclose(result(model), result(alone))
 
 
-def test_quiet() -> None:
-    module = nn.Linear(2, 2)
-    assert quiet(module)
+def test_what_is_plain_and_quiet() -> None:
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    assert are_plain(module, other)
+    assert quiet(module, other)
+    weight = other.weight.detach()
+    del other.weight
+    other.weight = weight  # type: ignore[assignment]
+    assert not are_plain(module, other)
     module.compile(backend="eager")
     assert not quiet(module)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PretrainedConfig
 
 from flexheads.activations import activation
@@ -27,7 +28,7 @@ from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.methods.recomputing import recomputed
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.direct import linear, quiet
+from flexheads.sites.direct import are_plain, quiet
 from flexheads.sites.residual import ResidualPart, Stream
 
 _ROLES = {
@@ -125,9 +126,11 @@ class Bottleneck(ResidualPart):
         inner = hidden if self.norm_before is None else self.norm_before(hidden)
         own: Any = self._modules  # quicker than attributes
         down, activation, up_again = own["down"], own["activation"], own["up"]
-        inner = linear(down, inner)
-        inner = activation.forward(inner) if quiet(activation) else activation(inner)
-        up = linear(up_again, inner)
+        if are_plain(down, up_again) and quiet(down, activation, up_again):
+            inner = activation.forward(functional.linear(inner, **down._parameters))
+            up = functional.linear(inner, **up_again._parameters)
+        else:
+            up = up_again(activation(down(inner)))
         if self.training and config.stochastic_depth > 0.0:
             up = _drop_rows(up, config.stochastic_depth)
         return up * self.scaling if config.scaling != 1 else up

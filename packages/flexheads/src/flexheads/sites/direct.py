@@ -6,10 +6,7 @@ few microseconds that counts.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 _forward_hooks = torch_module._global_forward_hooks
@@ -18,36 +15,34 @@ _backward_hooks = torch_module._global_backward_hooks
 _backward_pre_hooks = torch_module._global_backward_pre_hooks
 
 
-def quiet(module: nn.Module) -> bool:
-    """Whether calling a module is no more than calling its class's ``forward``.
+def quiet(*modules: nn.Module) -> bool:
+    """Whether calling a module is no more than calling its class's ``forward``, for each of some.
 
     It is not where hooks are on it or on every module, and where it is offloaded or compiled.
     """
-    own = module.__dict__
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or _forward_hooks
-        or _forward_pre_hooks
-        or _backward_hooks
-        or _backward_pre_hooks
-        or "forward" in own
-        or "_compiled_call_impl" in own
-    )
+    if _forward_hooks or _forward_pre_hooks or _backward_hooks or _backward_pre_hooks:
+        return False
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+            or "_compiled_call_impl" in own
+        ):
+            return False
+    return True
 
 
-def linear(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """What a layer gives; a plain linear one is not called, if that goes unnoticed.
+def are_plain(*layers: nn.Module) -> bool:
+    """Whether layers are linear ones as torch has them, whose parameters are weight and bias.
 
-    Args:
-        layer: The layer, of any class.
-        hidden: Its input.
+    They are not where their class computes in a way of its own, as those of quantised layers do,
+    and where something else computes a weight.
     """
-    if type(layer) is nn.Linear and quiet(layer):
-        own: Any = layer._parameters  # not there where something else computes them
-        if "weight" in own and "bias" in own:
-            return functional.linear(hidden, own["weight"], own["bias"])
-    result: Tensor = layer(hidden)
-    return result
+    for layer in layers:
+        if type(layer) is not nn.Linear or len(layer._parameters) != 2:
+            return False
+    return True
