@@ -209,10 +209,10 @@ CALLS: dict[str, tuple[dict[str, Any], type[FlexheadsError], str]] = {
         "batch has 3",
     ),
     "too many rows": ({"adapter_names": Rows(["first"] * 4)}, CompositionError, "batch has 3"),
-    "splits in a row": (
-        {"adapter_names": Stack(Parallel("first", "second"), Parallel("first", "second"))},
+    "branches of different numbers": (
+        {"adapter_names": Stack(Parallel("first", "second"), Parallel(*["first"] * 3))},
         CompositionError,
-        "Stack",
+        r"Stack\[1\].* 3 times .* 2 times",
     ),
 }
 HEADED_CALLS: dict[str, tuple[dict[str, Any], type[FlexheadsError], str]] = {
