@@ -130,7 +130,7 @@ class Layout:
 
     @functools.cached_property
     def sites(self) -> Mapping[str, tuple[str, ...]]:
-        """The sites at each path, in order; several where one module computes several projections."""
+        """The sites at each path, in order; several where one module is several projections."""
         found: dict[str, tuple[str, ...]] = {}
         for site, path in self.paths.items():
             found[path] = (*found.get(path, ()), site)
