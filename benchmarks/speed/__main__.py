@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.speed.check import checked, worse
@@ -26,7 +26,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(rows), int(tokens)
 
 
-def _names(known: Sequence[str]) -> object:
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         found = text.split(",")
         if unknown := [name for name in found if name not in known]:

@@ -8,6 +8,7 @@ anything is timed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def double_seq_bn(backbone: Any, model: Any, name: str) -> None:
         for role in ("attention", "feed_forward"):
             weights = _at(model.adapters[name], index, role)
             bottleneck = Bottleneck(weights, functional.silu)
-            replace(layer, role, lambda linear, part=bottleneck: Around(linear, part))
+            replace(layer, role, partial(Around, bottleneck=bottleneck))
 
 
 def lora(backbone: Any, model: Any, name: str) -> None:
@@ -76,7 +77,7 @@ def lora(backbone: Any, model: Any, name: str) -> None:
     for index, layer in enumerate(layers_of(backbone)):
         for role in ("query", "value"):
             down, up = _at(model.adapters[name], index, role).values()
-            replace(layer, role, lambda linear, a=down, b=up: LowRank(linear, a, b))
+            replace(layer, role, partial(LowRank, down=down, up=up))
 
 
 def rows(backbone: Any, model: Any, names: Sequence[str]) -> None:
@@ -88,7 +89,7 @@ def rows(backbone: Any, model: Any, names: Sequence[str]) -> None:
         for role in ("query", "value"):
             factors = [_at(model.adapters[name], number, role).values() for name in known]
             downs, ups = map(torch.stack, zip(*factors, strict=True))
-            replace(layer, role, lambda old, a=downs, b=ups: LowRankByRow(old, a, b, index))
+            replace(layer, role, partial(LowRankByRow, downs=downs, ups=ups, rows=index))
 
 
 def ia3(backbone: Any, model: Any, name: str) -> None:
@@ -96,7 +97,7 @@ def ia3(backbone: Any, model: Any, name: str) -> None:
     for index, layer in enumerate(layers_of(backbone)):
         for role in ("key", "value", "mlp_in"):
             (scale,) = _at(model.adapters[name], index, role).values()
-            replace(layer, role, lambda linear, s=scale: Scaled(linear, s.flatten()))
+            replace(layer, role, partial(Scaled, scale=scale.flatten()))
 
 
 def prefix_tuning(backbone: Any, model: Any, name: str) -> None:

@@ -59,6 +59,11 @@ class InSequence(nn.Module):
 class SideBySide(nn.Module):
     """A bottleneck for each equal share of the batch, as two batched products."""
 
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor
+    up_bias: Tensor
+
     def __init__(self, bottlenecks: Sequence[Bottleneck]) -> None:
         super().__init__()
         for side in ("down", "up"):
@@ -86,6 +91,10 @@ class Attending(nn.Module):
         fusion: The weights of the three projections.
     """
 
+    entry: Tensor
+    entry_bias: Tensor
+    exit: Tensor
+
     def __init__(self, bottlenecks: Sequence[Bottleneck], fusion: dict[str, Tensor]) -> None:
         super().__init__()
         self.count, self.rank = len(bottlenecks), len(bottlenecks[0].down)
@@ -109,7 +118,7 @@ class Attending(nn.Module):
         """The new stream."""
         wide = self.count * self.rank
         seen = functional.linear(norm(total), self.entry, self.entry_bias)
-        inner, keys, scores = seen.split([wide, wide, self.count], dim=-1)
+        inner, keys, scores = torch.split(seen, [wide, wide, self.count], dim=-1)
         shape = (*seen.shape[:-1], self.count, self.rank)
         inner, keys = inner.relu().view(shape), keys.view(shape)
         share = torch.softmax((inner * keys).sum(-1).add_(scores), -1)
@@ -142,6 +151,10 @@ class LowRankByRow(nn.Module):
         rows: The number of the adapter of each row.
     """
 
+    downs: Tensor
+    ups: Tensor
+    rows: Tensor
+
     def __init__(self, linear: nn.Linear, downs: Tensor, ups: Tensor, rows: Tensor) -> None:
         super().__init__()
         self.linear = linear
@@ -158,6 +171,8 @@ class LowRankByRow(nn.Module):
 
 class Scaled(nn.Module):
     """A projection whose results are scaled one by one."""
+
+    scale: Tensor
 
     def __init__(self, linear: nn.Linear, scale: Tensor) -> None:
         super().__init__()
@@ -206,6 +221,9 @@ class PrefixedAttention(nn.Module):
         old: The module in whose place it stands.
         keys, values: ``(heads, positions, size)``.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, old: Any, keys: Tensor, values: Tensor) -> None:
         super().__init__()

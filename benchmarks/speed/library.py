@@ -23,7 +23,10 @@ class Library(Protocol):
 
     name: str
     imports: str
-    environment: Mapping[str, str]
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables for a new interpreter that imports it."""
 
     def fresh(self, probe: Probe) -> Any:
         """A model that can be given adapters."""
@@ -79,15 +82,19 @@ def _kept(library: Library, probe: Probe, repeats: int, **how: Any) -> Found:
 
 def _with_many(library: Library, probe: Probe, count: int, config: str) -> Any:
     model = library.fresh(probe)
+    _add_all(library, model, count, config)
+    return model
+
+
+def _add_all(library: Library, model: Any, count: int, config: str) -> None:
     for number in range(count):
         library.add(model, f"a{number}", config)
-    return model
 
 
 def _add(library: Library, probe: Probe, repeats: int) -> Found:
     def prepared() -> Call:
         model = library.fresh(probe)
-        return lambda: [library.add(model, f"a{number}", "lora") for number in range(MANY)]
+        return lambda: _add_all(library, model, MANY, "lora")
 
     return spent(prepared, repeats, probe.clocks)
 
@@ -108,16 +115,18 @@ def _save_all(library: Library, model: Any, folder: Path) -> None:
         library.save(model, f"a{number}", folder / str(number))
 
 
+def _load_all(library: Library, model: Any, folder: Path) -> None:
+    for number in range(FILES):
+        library.load(model, f"a{number}", folder / str(number))
+
+
 def _load(library: Library, probe: Probe, repeats: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         _save_all(library, _with_many(library, probe, FILES, "lora"), Path(folder))
 
         def prepared() -> Call:
             model = library.fresh(probe)
-            return lambda: [
-                library.load(model, f"a{number}", Path(folder, str(number)))
-                for number in range(FILES)
-            ]
+            return lambda: _load_all(library, model, Path(folder))
 
         return spent(prepared, repeats, probe.clocks)
 

@@ -52,7 +52,7 @@ def measure(side: str, probe: Probe, keys: Sequence[str], repeats: int) -> Resul
 
 def _be_quiet() -> None:
     """No progress bars, and no warnings of works that are meant as they are."""
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for name in ("transformers", "adapters"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -31,7 +31,7 @@ def step(model: Any, inputs: dict[str, Any]) -> Call:
     def run() -> None:
         for parameter in trained:
             parameter.grad = None
-        loss(model, inputs).backward()
+        torch.autograd.backward(loss(model, inputs))
 
     return run
 
@@ -51,7 +51,7 @@ def kept(model: Any, inputs: dict[str, Any]) -> float:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         found = loss(model, inputs)
-    found.backward()  # so that nothing is left in cycles
+    torch.autograd.backward(found)  # so that nothing is left in cycles
     return sum(sizes.values()) / 2**20
 
 

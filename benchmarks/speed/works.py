@@ -17,7 +17,7 @@ from torch import Tensor
 import flexheads
 from flexheads import AutoModelWithHeads, Fuse, Parallel, Rows
 
-ByHand = Callable[[Any, Any], None]
+ByHand = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def one(probe: Probe, config: str, by: Callable[..., None], count: int = 1) -> S
     model = flexible(probe, config, count)
     name = f"a{count // 2}"
     model.set_active_adapters(name)
-    return Setup(model, lambda backbone, model: by(backbone, model, name))
+    return Setup(model, lambda backbone: by(backbone, model, name))
 
 
 def stack(probe: Probe) -> Setup:
     """Two bottlenecks, one behind the other."""
     model, names = flexible(probe, "seq_bn", 2), _names(2)
     model.set_active_adapters(names)
-    return Setup(model, lambda backbone, model: by_hand.stack(backbone, model, *names))
+    return Setup(model, lambda backbone: by_hand.stack(backbone, model, *names))
 
 
 def fuse(probe: Probe) -> Setup:
@@ -87,19 +87,18 @@ def fuse(probe: Probe) -> Setup:
     model.add_adapter_fusion(Fuse(*names))
     stir(model.adapter_fusions)
     model.set_active_adapters(Fuse(*names))
-    return Setup(model, lambda backbone, model: by_hand.fuse(backbone, model, *names))
+    return Setup(model, lambda backbone: by_hand.fuse(backbone, model, *names))
 
 
 def by_row(probe: Probe, count: int) -> Setup:
     """A LoRA for each row, out of some."""
     model = flexible(probe, "lora", count)
     names = [f"a{row % count}" for row in range(probe.many[0])]
-    by = partial(_rows_by_hand, names=names)
+
+    def by(backbone: Any) -> None:
+        by_hand.rows(backbone, model, names)
+
     return Setup(model, by, {"adapter_names": Rows(names)}, probe.many)
-
-
-def _rows_by_hand(backbone: Any, model: Any, names: list[str]) -> None:
-    by_hand.rows(backbone, model, names)
 
 
 SETUPS: dict[str, Callable[[Probe], Setup]] = {
@@ -140,7 +139,7 @@ def forward(probe: Probe, key: str) -> dict[str, Trial]:
     trials = {"flexheads": Trial(bare, ours)}
     if setup.by_hand is not None:
         backbone = probe.backbone()
-        setup.by_hand(backbone, setup.model)
+        setup.by_hand(backbone)
         floor = partial(backbone, **inputs)
         same(probe, ours, floor)
         trials["floor"] = Trial(bare, floor)
