@@ -219,6 +219,16 @@ def test_there_is_no_value_where_somebody_would_notice(
         case(module)
 
 
+def test_there_is_no_value_in_a_graph_that_is_recorded(
+    module: Doubled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for recording in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)  # noqa: B023
+        with torch.no_grad():
+            assert (module.get() is None) == recording
+
+
 def test_there_is_no_value_where_gradients_are_wanted(module: Doubled) -> None:
     assert module.get() is None
     module.requires_grad_(False)

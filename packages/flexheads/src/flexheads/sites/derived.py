@@ -272,12 +272,18 @@ def hooked_everywhere() -> bool:
     return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
+def captured() -> bool:
+    """Whether a CUDA graph records the call; it would read kept memory when that is long gone."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def watched() -> bool:
-    """Whether the call is not a plain one: traced, transformed, cast, or seen by hooks."""
+    """Whether the call is not a plain one: traced, recorded, transformed, cast, seen by hooks."""
     return (
         traced()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_any_autocast_enabled()
         or hooked_everywhere()
+        or captured()
     )
