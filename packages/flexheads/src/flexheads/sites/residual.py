@@ -162,7 +162,7 @@ def _normed(norm: Any, parts: Sequence[OutputPart], given: Tensor) -> Tensor:
     return output
 
 
-def _run(parts: Sequence[ResidualPart], stream: Stream) -> Stream:
+def _run(parts: Sequence[Any], stream: Stream) -> Stream:
     for part in parts:
         if isinstance(part, nn.Module) and quiet(part):
             stream = part.forward(stream)
