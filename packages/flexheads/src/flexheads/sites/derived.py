@@ -274,7 +274,8 @@ def hooked_everywhere() -> bool:
 
 def captured() -> bool:
     """Whether a CUDA graph records the call; it would read kept memory when that is long gone."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return bool(started and torch.cuda.is_current_stream_capturing())
 
 
 def watched() -> bool:
