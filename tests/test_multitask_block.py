@@ -36,7 +36,18 @@ METHODS: dict[str, Any] = {
     "loha": "loha",
     "seq_bn_inv": "seq_bn_inv",
 }
-BANKS = ("seq_bn", "double_seq_bn", "par_bn", "lora", "dora", "vera", "mtl_lora", "pissa", "ia3")
+BANKS = (
+    "seq_bn",
+    "double_seq_bn",
+    "par_bn",
+    "lora",
+    "dora",
+    "vera",
+    "mtl_lora",
+    "pissa",
+    "ia3",
+    "loreft",
+)
 TASKS = ("a", None, "b", "c")
 
 
@@ -88,7 +99,7 @@ def test_other_architectures(architecture: str) -> None:
             torch.testing.assert_close(mixed[row], alone[task][row])
 
 
-@pytest.mark.parametrize("method", ["double_seq_bn", "dora", "ia3", "mtl_lora"])
+@pytest.mark.parametrize("method", ["double_seq_bn", "dora", "ia3", "mtl_lora", "loreft"])
 def test_gradients_are_those_of_the_rows_alone(method: str) -> None:
     model = build(method)
     own = list(model.adapters["a"].parameters())

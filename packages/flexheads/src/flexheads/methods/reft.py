@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from flexheads.activations import activation
@@ -16,6 +15,7 @@ from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, check_layers, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.methods.householder import orthonormal_rows, reflections
+from flexheads.methods.reft_bank import ReftBank
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.call import Tokens
 from flexheads.sites.hidden import HiddenPart
@@ -155,12 +155,16 @@ class Edit(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Maps ``(batch, positions, width)`` to what is added there."""
-        rows = self.projection().to(states.dtype)
-        source = self.learned_source(states)
+        return self.finished(
+            states, self.learned_source(states), self.projection().to(states.dtype)
+        )
+
+    def finished(self, states: Tensor, source: Tensor, rows: Tensor) -> Tensor:
+        """What is added, given ``W h + b`` and R, ``(r, width)`` or one for each row."""
         if self.activation is not None:
             source = self.activation(source)
         if self.subtracts:
-            source = source - functional.linear(states, rows)
+            source = source - states @ rows.transpose(-1, -2)
         change: Tensor = source @ rows
         if self.training and self.dropout.p > 0.0:
             # Dropout is on the edited state, so it takes away from the state too.
@@ -179,24 +183,49 @@ class ReftPart(HiddenPart):
     def __init__(self, width: int, config: ReftConfig) -> None:
         super().__init__()
         self.first, self.last = config.prefix_positions, config.suffix_positions
+        self.kind = (config.r, config.non_linearity, config.subtract_projection, config.dropout)
         self.units = nn.ModuleList(Edit(width, config) for _ in range(2 - config.tied_weights))
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """Maps ``(batch, sequence, width)`` to the same."""
+        return self.edited(hidden, tokens, lambda number, states: self.units[number](states))
+
+    def edited(
+        self, hidden: Tensor, tokens: Tokens, change_of: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """The hidden states with something added to the tokens that are edited.
+
+        Args:
+            hidden: ``(batch, sequence, width)``.
+            tokens: Where these tokens are.
+            change_of: Gives it, from the number of an edit and the states of its tokens.
+        """
         columns, real = tokens.edges(hidden, self.first, self.last)
         if columns.shape[1] == 0:
             return hidden
         index = columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         states = hidden.gather(1, index).to(next(self.parameters()).dtype)
         if len(self.units) == 1:
-            change = self.units[0](states)
+            change = change_of(0, states)
         else:
             parts = (states[:, : self.first], states[:, self.first :])
             change = torch.cat(
-                [u(own) for u, own in zip(self.units, parts, strict=True) if own.shape[1]], dim=1
+                [change_of(n, own) for n, own in enumerate(parts) if own.shape[1]], dim=1
             )
         change = change.to(hidden.dtype).masked_fill(~real.unsqueeze(-1), 0.0)
         return hidden.scatter_add(1, index, change)
+
+    def bank(self, parts: Sequence[HiddenPart | None]) -> ReftBank | None:
+        alike = all(part is None or self._is_alike(part) for part in parts)
+        return ReftBank(parts) if alike else None  # type: ignore[arg-type]
+
+    def _is_alike(self, part: HiddenPart) -> bool:
+        """Whether another part differs in its numbers only."""
+        return (
+            isinstance(part, ReftPart)
+            and (part.first, part.last, part.kind) == (self.first, self.last, self.kind)
+            and len(part.units) == len(self.units)
+        )
 
 
 class ReftMethod(AdapterMethod):

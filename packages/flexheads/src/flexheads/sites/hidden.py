@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import CALL, AttachedSite, first_tensor
 from flexheads.sites.call import Tokens, tokens_of
 from flexheads.sites.rows import RowMap
@@ -26,17 +27,31 @@ class HiddenPart(nn.Module):
         """
         raise NotImplementedError
 
+    def bank(self, parts: Sequence[HiddenPart | None]) -> Bank[Any] | None:
+        """What runs parts of different rows as one product; None where nothing can.
+
+        Args:
+            parts: The part of each chain, this one among them, or None.
+        """
+        return None
+
 
 class HiddenOp(NamedTuple):
     """What a hidden site does in one plan."""
 
     chains: tuple[tuple[HiddenPart, ...], ...]
     rows: RowMap | None
+    bank: ChainBank | None = None
+    """What runs all chains as one product, where their parts are of one shape."""
 
     def run(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """Runs each chain on its rows."""
         if self.rows is None:
             return _run(self.chains[0], hidden, tokens)
+        if self.bank is not None and hidden.dim() == 3:
+            together: Tensor | None = self.bank(self.rows, hidden, hidden, tokens)
+            if together is not None:
+                return together
         present = [self.chains[number] for number in self.rows.present(hidden.shape[0])]
         split = self.rows.split(hidden), tokens.split(self.rows, hidden)
         return self.rows.merge([_run(*each) for each in zip(present, *split, strict=True)])
@@ -72,7 +87,8 @@ class AttachedHidden(AttachedSite):
         return self.host.register_forward_hook(self._after, prepend=True)
 
     def op(self, chains: Sequence[Sequence[HiddenPart]], rows: RowMap | None) -> HiddenOp:
-        return HiddenOp(tuple(map(tuple, chains)), rows)
+        bank = None if rows is None else chain_bank(chains, changed=0)
+        return HiddenOp(tuple(map(tuple, chains)), rows, bank)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         op: HiddenOp | None = self.planned()
