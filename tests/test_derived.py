@@ -116,6 +116,28 @@ def test_changes_are_noticed(module: Doubled, change: Callable[[Doubled], Any]) 
     assert module.computed == 2
 
 
+class Silent(torch.optim.SGD):
+    """Writes so that it leaves no trace."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(1.0)
+
+
+def test_steps_of_optimizers_of_ones_own_are_noticed(module: Doubled) -> None:
+    Silent(module.parameters(), lr=1.0).step()
+    module.check()
+    assert module.computed == 2
+
+
+def test_steps_for_other_weights_change_nothing(module: Doubled) -> None:
+    step(Doubled())
+    step(Doubled(), foreach=True)
+    module.check()
+    assert module.computed == 1
+
+
 def test_writing_to_data_alone_is_not_noticed(module: Doubled) -> None:
     module.weight.data.mul_(3)
     with torch.no_grad():

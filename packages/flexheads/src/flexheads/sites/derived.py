@@ -16,15 +16,16 @@ from torch.utils.hooks import RemovableHandle
 T = TypeVar("T")
 
 
+Checked = set["_Kept[Any]"] | None
+"""What was found to be as it was, since a call began; None outside of any call."""
+
+
 class _Call(threading.local):
     """What each thread knows of the call that it is in."""
 
     def __init__(self) -> None:
         self.checked: Checked = None
 
-
-Checked = set["_Kept[Any]"] | None
-"""What was found to be as it was, since the call began; None outside of any call."""
 
 _call = _Call()
 
@@ -119,13 +120,20 @@ def look_together(derived: Iterable[Derived[Any]]) -> None:
 
 
 class _Steps:
-    """The last step of any optimizer; fused ones leave no trace at the weights."""
+    """The last step of an optimizer that leaves no trace at the weights."""
 
     last: object = None
 
 
-def _note_step(*given: object) -> None:
-    _Steps.last = object()
+def _note_step(optimizer: torch.optim.Optimizer, *given: object) -> None:
+    if torch.compiler.is_compiling() or not _leaves_traces(optimizer):
+        _Steps.last = object()
+
+
+def _leaves_traces(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is known to change the version of what it writes to."""
+    usual = type(optimizer).__module__.startswith("torch.optim.")
+    return usual and not any(group.get("fused") for group in optimizer.param_groups)
 
 
 register_optimizer_step_post_hook(_note_step)
