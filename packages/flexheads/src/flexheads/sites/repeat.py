@@ -22,7 +22,7 @@ REPEAT = "repeat"
 WITHOUT_ROWS = ("cache_position", "head_mask")
 """Inputs whose first dimension is not that of the batch, whatever its size."""
 
-_READ = (
+_READ = (  # by what these have, rows are counted
     "input_ids",
     "inputs_embeds",
     "pixel_values",
@@ -66,7 +66,8 @@ class Repeater:
         start: int,
         inside: bool,
     ) -> None:
-        self.runtime, self.called, self.start, self.inside = runtime, called, start, inside
+        self.runtime, self.called, self.inside = runtime, called, inside
+        self.start = max(start, 1)  # before the very first layer nothing can be gained
         self.entries = [_Entry(runtime, number, layer) for number, layer in enumerate(layers)]
         self.names = argument_names(type(called).forward)
         self.skipped: int | None = None
@@ -75,14 +76,14 @@ class Repeater:
     def needed(self, first_layer: int | None) -> Hooks:
         """The hooks that can be of use for an adapter.
 
-        Branches differ from the first layer on, unless what tells them apart begins higher up.
+        What tells branches apart has to begin so high up that layers below can be shared.
 
         Args:
             first_layer: The first layer in which it acts, or None.
         """
-        if not first_layer or first_layer >= len(self.entries):
+        if first_layer is None or not self.start <= first_layer < len(self.entries):
             return frozenset()
-        numbers = map(str, range(max(first_layer, self.start), len(self.entries)))
+        numbers = map(str, range(first_layer, len(self.entries)))
         return frozenset((REPEAT, hook) for hook in (_CALLED, *numbers))
 
     def skip(self, layers: Sequence[int]) -> bool:
@@ -97,8 +98,8 @@ class Repeater:
         return True
 
     def can_begin(self, layer: int) -> bool:
-        """Whether rows can be repeated before a layer; before the first one that gains nothing."""
-        return layer >= max(self.start, 1) and self.live and self.entries[layer].live
+        """Whether rows can be repeated before a layer."""
+        return layer >= self.start and self.live and self.entries[layer].live
 
     def register(self, hook: str) -> RemovableHandle:
         """Registers the hook of that name."""
