@@ -23,6 +23,7 @@ sys.path.pop(0)
 
 PROBE = {"device": "cpu", "dtype": "float32", "threads": 2}
 MADE = {
+    "note": "On a busy day.",
     "probe": PROBE,
     "machine": "an abacus",
     "repeats": 15,
@@ -185,6 +186,7 @@ def test_the_page_shows_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "1.020 ±0.010" in page
     assert "old" not in page
     assert "an abacus, 2 threads" in page
+    assert "On a busy day." in page
     assert page.endswith("<!-- end -->\nbehind\n")
 
 

@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=_size, default=getattr(Probe, name), metavar="ROWSxTOKENS")
     add("--peer-python", help="the Python of an environment with the peers")
     add("--json", type=Path, help="file for the numbers")
+    add("--note", help="a sentence about the circumstances, for the page")
     add(
         "--check",
         nargs="?",
@@ -93,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> int:
         results = measure(asked.sides[0], probe, keys, repeats)
     else:
         results = Results()
-        rest = _without(words, "--sides", "--json", "--peer-python")
+        rest = _without(words, "--sides", "--json", "--peer-python", "--note")
         for side in asked.sides:
             found = run_apart(side, pythons_for(side, asked.peer_python), rest)
             if found is None:
@@ -101,6 +102,8 @@ def main(words: Sequence[str] | None = None) -> int:
             else:
                 results.take(found)
     print(f"\n{table(results)}")
+    if asked.note:
+        results.made["note"] = asked.note
     if asked.json:
         results.write(asked.json)
     return 0

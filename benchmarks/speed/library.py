@@ -105,6 +105,7 @@ def _save(library: Library, probe: Probe, repeats: int) -> Found:
 
         def prepared() -> Call:
             shutil.rmtree(folder)
+            Path(folder).mkdir()
             return lambda: _save_all(library, model, Path(folder))
 
         return spent(prepared, repeats, probe.clocks)

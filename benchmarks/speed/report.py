@@ -41,7 +41,7 @@ def conditions(results: Results) -> str:
     for name, versions in made["versions"].items():
         others = ", ".join(f"{key} {versions[key]}" for key in ("torch", "transformers"))
         lines.append(f"{name} {versions['version']} on {others}.")
-    return " ".join(lines)
+    return " ".join([*lines, *([made["note"]] if "note" in made else [])])
 
 
 def draw(results: Results, file: Path) -> None:
