@@ -59,7 +59,7 @@ def draw(results: Results, file: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("ratio to what is compared with; lower is better")
         axes.grid(axis="x", linewidth=0.3)
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside upper right", ncols=5, frameon=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, metadata={"Date": None})
 
