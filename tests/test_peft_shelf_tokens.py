@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import flexheads
 from flexheads import TrainableTokensConfig
-from flexheads.errors import CompositionError, ConfigError, UnsupportedError
+from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.trainable_tokens import TokenRows
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
 
@@ -248,9 +248,18 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
     assert not model.adapters
 
 
-def test_an_average_of_tokens_is_refused() -> None:
+def test_an_average_of_tokens_looks_up_their_mean() -> None:
     model = tiny_model("bert")
-    for name in "ab":
+    for name in ("a", "b", "mean"):
         model.add_adapter(name, CONFIG)
-    with pytest.raises(CompositionError, match="tokens"):
-        model.set_active_adapters(flexheads.composition.Average("a", "b", weights=[0.5, 0.5]))
+    randomise(model.adapters)
+    a, b = (model.adapters[name].state_dict() for name in "ab")
+    mean = {key: 0.25 * tensor + 0.75 * b[key] for key, tensor in a.items()}
+    model.adapters["mean"].load_state_dict(mean)
+    inputs = {"input_ids": torch.tensor([[*IDS, 5, 6]])}
+    average = flexheads.composition.Average("a", "b", weights=[0.25, 0.75])
+    got, right = (
+        model(**inputs, adapter_names=setup).last_hidden_state for setup in (average, "mean")
+    )
+    torch.testing.assert_close(got, right)
+    assert not torch.allclose(got, model(**inputs, adapter_names="a").last_hidden_state)

@@ -165,4 +165,5 @@ def run(case: Case, model: Any, setup: Any = ...) -> dict[str, Tensor]:
         model.active_head = None
     elif case.entry.get("active_head") is not None:
         model.active_head = case.entry["active_head"]
-    return chosen(call(model, case.inputs()), case.entry["outputs"])
+    further = case.entry.get("forward", {})
+    return chosen(call(model, case.inputs(), **further), case.entry["outputs"])

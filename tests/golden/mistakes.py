@@ -15,12 +15,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from flexheads.composition import Average
-from flexheads.errors import CompositionError
 from flexheads.routing import route
 
 from .blocks import check_averaged, check_fused_stack
@@ -305,10 +303,15 @@ def check_stacked_prompts(case: Case, model: Any) -> None:
     )
 
 
-def check_refused(case: Case, model: Any) -> None:
-    """A block that has no meaning for these adapters is an error."""
-    with pytest.raises(CompositionError, match="has no meaning"):
-        run(case, model)
+def check_averaged_prompts(case: Case, model: Any) -> None:
+    """An Average of prompts is the prompt with their mean, which the peer divides once more."""
+    names, shares = list(case.entry["adapters"]), case.entry["setup"]["kwargs"]["weights"]
+    owns = [model.adapters[name].state_dict() for name in names]
+    pairs = list(zip(owns, shares, strict=True))
+    mean = {key: sum(share * own[key] for own, share in pairs) for key in owns[0]}
+    model.add_adapter("mean", model.adapters[names[0]].config)
+    model.adapters["mean"].load_state_dict(mean)
+    assert_close(run(case, model), run(case, model, "mean"))
 
 
 # By the case's id, or the end of it.
@@ -351,7 +354,7 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/prompt_stack": check_stacked_prompts,
     "compose/prompt_parallel": check_chains,
     "compose/prompt_batchsplit": check_chains,
-    "compose/prompt_average": check_refused,
+    "compose/prompt_average": check_averaged_prompts,
     "merge/ia3": check_merged,
     "flex_auto": check_whole_checkpoint,
     "flex_adapter": check_like_static,
