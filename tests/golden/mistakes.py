@@ -314,6 +314,14 @@ def check_averaged_prompts(case: Case, model: Any) -> None:
     assert_close(run(case, model), run(case, model, "mean"))
 
 
+def check_unscaled(case: Case, model: Any) -> None:
+    """Without a head the states are the backbone's own; the peer's T5 scales them as for words."""
+    got, expected = run(case, model), case.expected()
+    if model.config.model_type == "t5":
+        expected["last_hidden_state"] = expected["last_hidden_state"] * model.config.d_model**0.5
+    assert_close(got, expected)
+
+
 # By the case's id, or the end of it.
 CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/bn_average": check_averaged,
@@ -336,6 +344,7 @@ CHECKS: dict[str, Callable[[Case, Any], None]] = {
     "compose/reft_batchsplit": check_chains,
     "compose/reft_stack": check_stacked_reft,
     "compose/reft_average": check_averaged_reft,
+    "adapter/mtl_lora": check_unscaled,
     "adapter/direft": check_direft,
     "adapter/noreft": check_reft_of_sides,
     "average/lora_delta_w_svd": check_decomposed,
