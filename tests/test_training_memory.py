@@ -161,8 +161,9 @@ def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], An
         flexheads.SeqBnConfig(residual_before_ln="post_add"),
         flexheads.SeqBnConfig(non_linearity="gelu", scaling="channel", ln_before=True),
         flexheads.SeqBnConfig(dropout=0.0, mh_adapter=True),
+        flexheads.SeqBnConfig(ln_after=True, residual_before_ln=True),
     ],
-    ids=["seq_bn", "post_add", "variants", "both"],
+    ids=["seq_bn", "post_add", "variants", "both", "norm_behind"],
 )
 def test_the_gradients_are_those_of_keeping_everything(
     config: Any, freeze: bool, plainly: Any

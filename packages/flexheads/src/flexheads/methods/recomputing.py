@@ -57,5 +57,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad():
             result = ctx.run(given)
         inputs = [given] * bool(given.requires_grad) + trained
-        found = iter(torch.autograd.grad(result, inputs, gradients, create_graph=again))
+        # `run` may do without some of what its modules have.
+        how = {"create_graph": again, "allow_unused": True}
+        found = iter(torch.autograd.grad(result, inputs, gradients, **how))
         return None, next(found) if given.requires_grad else None, *found
