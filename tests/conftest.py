@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +230,36 @@ def converted(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
         return static, model
 
     return make
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing that was compiled before, and nothing that is left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def counter() -> Any:
+    """A backend that runs graphs as they are, and counts them."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow, and seldom needed
+
+    return CompileCounterWithBackend("eager")
+
+
+@pytest.fixture(scope="session")
+def in_threads() -> Callable[..., list[Any]]:
+    """Gives what something gives in each of many threads, which all start at once."""
+
+    def run(work: Callable[[int], Any], threads: int) -> list[Any]:
+        barrier = threading.Barrier(threads)
+
+        def start(number: int) -> Any:
+            barrier.wait()
+            return work(number)
+
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(start, range(threads)))
+
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flexheads
 from flexheads import Average, Fuse, LoRAConfig, MultiTask, Rows, Stack
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 TASKS = ("a", None, "b", "c")
 ORDERS = ([0, 2, 3, 2], [3, 3, 1, 0], [1, 1, 1, 1], [2, 0, 3, 1])
@@ -27,18 +28,6 @@ METHODS: dict[str, Any] = {
     "prefix_tuning": "prefix_tuning[prefix_length=3, bottleneck_size=8]",
 }
 """Some have a bank, and the others run every branch on all rows."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counter() -> CompileCounterWithBackend:
-    return CompileCounterWithBackend("eager")
 
 
 def build(method: str, names: str = "abc") -> Any:

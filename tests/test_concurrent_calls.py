@@ -104,18 +104,6 @@ def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     )
 
 
-def in_threads(work: Callable[[int], Any], threads: int = THREADS) -> list[Any]:
-    """What `work` gives in each of many threads, which all start at once."""
-    barrier = threading.Barrier(threads)
-
-    def start(number: int) -> Any:
-        barrier.wait()
-        return work(number)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(start, range(threads)))
-
-
 def wrong_answers(
     model: Any,
     calls: list[dict[str, Any]],
@@ -132,12 +120,14 @@ def wrong_answers(
 
 
 @pytest.mark.parametrize("kind", ["flexible", "static"])
-def test_each_of_many_threads_gets_its_own_answers(models: dict[str, Any], kind: str) -> None:
+def test_each_of_many_threads_gets_its_own_answers(
+    models: dict[str, Any], kind: str, in_threads: Callable[..., Any]
+) -> None:
     model, calls = models[kind], calls_of(kind)
     expected = [answer(model, call) for call in calls]
     model._changed()  # so that the threads resolve the plans too
     count = CALLS if kind == "flexible" else CALLS // 8
-    wrong = in_threads(lambda number: wrong_answers(model, calls, expected, count, number))
+    wrong = in_threads(lambda number: wrong_answers(model, calls, expected, count, number), THREADS)
     assert wrong == [[]] * THREADS
 
 
@@ -181,7 +171,7 @@ def test_contexts_of_asynchronous_tasks_do_not_mix(models: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["flexible", "static"])
 def test_calls_that_name_their_adapters_do_not_notice_changes_of_others(
-    kind: str, tmp_path: Path
+    kind: str, tmp_path: Path, in_threads: Callable[..., Any]
 ) -> None:
     model, calls = build(kind), calls_of(kind)
     model.save_adapter(tmp_path, "lora")
@@ -218,7 +208,7 @@ def test_calls_that_name_their_adapters_do_not_notice_changes_of_others(
     assert set(model.adapters) == set(METHODS)
 
 
-def test_hooks_that_come_and_go_disturb_nobody() -> None:
+def test_hooks_that_come_and_go_disturb_nobody(in_threads: Callable[..., Any]) -> None:
     model = randomise(tiny_model("bert"), std=0.1)
     model.add_adapter("norms", "ln_tuning")
     randomise(model.adapters, std=0.2)
@@ -263,7 +253,9 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # in calls beside it
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_training_beside_calls_under_other_setups(reentrant: bool | None) -> None:
+def test_training_beside_calls_under_other_setups(
+    reentrant: bool | None, in_threads: Callable[..., Any]
+) -> None:
     model, calls = build("flexible"), calls_of("flexible")
     model.freeze_model()
     trained = ["a", "replacing", "lora", "reft", "prefix", Stack("b", Parallel("up", "upper"))]

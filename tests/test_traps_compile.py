@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flexheads
 from flexheads.errors import UnsupportedError
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 GRAPHS = ("houlsby", "adapterplus", "lora")
 METHODS: dict[str, Any] = {
@@ -27,18 +29,6 @@ METHODS: dict[str, Any] = {
 KINDS = ("flexible", "static")
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def counter() -> CompileCounterWithBackend:
-    return CompileCounterWithBackend("eager")
 
 
 def build(kind: str, *methods: str, active: str | None = None) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,24 +66,12 @@ def logits(model: Any, **kwargs: Any) -> torch.Tensor:
     return model(**tiny_inputs(model.config), **kwargs).logits
 
 
-def in_threads(work: Callable[[int], Any]) -> list[Any]:
-    """What `work` gives in each of many threads, which all start at once."""
-    barrier = threading.Barrier(THREADS)
-
-    def start(number: int) -> Any:
-        barrier.wait()
-        return work(number)
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(start, range(THREADS)))
-
-
 # --- threads ---------------------------------------------------------------------------------
 
 
 @each_kind
 def test_threads_with_their_own_setups_get_the_single_threaded_answers(
-    model: Any, kind: str
+    model: Any, kind: str, in_threads: Callable[..., Any]
 ) -> None:
     calls = calls_of(kind)
     expected = [logits(model, **call) for call in calls]
@@ -98,11 +85,13 @@ def test_threads_with_their_own_setups_get_the_single_threaded_answers(
             wrong += not torch.equal(logits(model, **calls[index]), expected[index])
         return wrong
 
-    assert in_threads(work) == [0] * THREADS
+    assert in_threads(work, THREADS) == [0] * THREADS
 
 
 @each_kind
-def test_threads_that_train_get_the_single_threaded_gradients(model: Any, kind: str) -> None:
+def test_threads_that_train_get_the_single_threaded_gradients(
+    model: Any, kind: str, in_threads: Callable[..., Any]
+) -> None:
     inputs, labels = tiny_inputs(model.config), torch.tensor([0, 1, 2])
 
     def gradients(name: str) -> list[torch.Tensor]:
@@ -120,7 +109,7 @@ def test_threads_that_train_get_the_single_threaded_gradients(model: Any, kind: 
             for one, two in zip(gradients(name), expected[name], strict=True)
         )
 
-    assert all(in_threads(work))
+    assert all(in_threads(work, THREADS))
 
 
 @each_kind
@@ -173,7 +162,7 @@ def test_adapter_and_head_that_are_switched_together_never_mix() -> None:
 
 @each_kind
 def test_adding_and_deleting_adapters_does_not_disturb_calls_of_others(
-    model: Any, kind: str
+    model: Any, kind: str, in_threads: Callable[..., Any]
 ) -> None:
     expected = logits(model, adapter_names="lora")
 
@@ -185,7 +174,7 @@ def test_adding_and_deleting_adapters_does_not_disturb_calls_of_others(
             return True
         return all(torch.equal(logits(model, adapter_names="lora"), expected) for _ in range(20))
 
-    assert all(in_threads(work))
+    assert all(in_threads(work, THREADS))
 
 
 # --- failed calls ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError
 from flexheads.sites.repeat import batch_size as batch_size
-from flexheads.sites.repeat import has_rows
+from flexheads.sites.repeat import has_rows, tile
 
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -32,9 +32,7 @@ def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Repeats the batch, whole after whole, in every tensor that carries it."""
     batch = batch_size(inputs)
     return {
-        name: value.repeat(times, *[1] * (value.dim() - 1))
-        if has_rows(name, value) and value.shape[0] == batch
-        else value
+        name: tile(value, times) if has_rows(name, value) and len(value) == batch else value
         for name, value in inputs.items()
     }
 

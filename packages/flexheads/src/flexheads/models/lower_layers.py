@@ -33,8 +33,8 @@ def check_layers(model: Any, count: int) -> None:
         ConfigError: If it does not leave a layer on either side.
         UnsupportedError: If the model's layers hand on more than hidden states.
     """
-    layers = model._attachment.repeater.entries
-    if not layers or len(layers) != len(_holding(model._attachment.backbone, layers[0].layer)):
+    layers = _layers(model)
+    if not layers or len(layers) != len(_holding(model._attachment.backbone, layers[0])):
         raise UnsupportedError(
             f"{type(model).__name__} cannot begin at a layer in the middle: its layers hand on "
             "more than hidden states. Leave out lower_layers."
@@ -60,12 +60,17 @@ def check_frozen(model: Any, plan: Plan, count: int) -> None:
             f"{plan.setup!r} {what}, so the lowest {count} layers cannot be left out. Give its "
             f"adapters leave_out={list(range(count))}, or make a cache for fewer layers."
         )
-    layers = (entry.layer for entry in model._attachment.repeater.entries[:count])
-    if any(p.requires_grad for m in (_embeddings(model), *layers) for p in m.parameters()):
+    lower = (_embeddings(model), *_layers(model)[:count])
+    if any(parameter.requires_grad for module in lower for parameter in module.parameters()):
         raise UnsupportedError(
             f"The embeddings or the lowest {count} layers are trainable, and stored features would "
             "keep them as they are. Freeze them with requires_grad_(False), or call freeze_model()."
         )
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """The layers in the order in which they run; none where they hand on more than states."""
+    return [entry.layer for entry in model._attachment.repeater.entries]
 
 
 def _embeddings(model: Any) -> nn.Module:
@@ -79,7 +84,7 @@ def lower_tensors(model: Any, count: int) -> Iterable[tuple[str, Tensor]]:
     What is above, or trained, is left out: it may change, and the states do not.
     """
     backbone = model._attachment.backbone
-    above = {id(t) for e in model._attachment.repeater.entries[count:] for t in _tensors(e.layer)}
+    above = {id(t) for layer in _layers(model)[count:] for t in _tensors(layer)}
     trained = {id(p) for p in backbone.parameters() if p.requires_grad}
     for name, tensor in backbone.state_dict(keep_vars=True).items():
         if id(tensor) not in above and id(tensor) not in trained:
@@ -94,10 +99,9 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
 @torch.no_grad()
 def run_lower(model: Any, inputs: Mapping[str, Any], count: int) -> Tensor:
     """The hidden states after the lowest `count` layers, ``(batch, sequence, hidden)``."""
-    entries = model._attachment.repeater.entries
-    lower = [entry.layer for entry in entries[:count]]
+    *lower, last = _layers(model)[: count + 1]
     try:
-        _with_layers(model, [*lower, _Catching(entries[count].layer)])(**inputs, return_dict=True)
+        _with_layers(model, [*lower, _Catching(last)])(**inputs, return_dict=True)
     except _Caught as caught:
         return caught.hidden
     raise UnsupportedError(f"{type(model).__name__} has not run its layer {count}.")
@@ -152,7 +156,7 @@ def upper_backbone(model: Any, plan: Plan, count: int, states: Tensor) -> Any:
             raise UnsupportedError(
                 f"Head {route.head!r} reads single layers, and the lower ones do not run."
             )
-    first, *rest = (entry.layer for entry in model._attachment.repeater.entries[count:])
+    first, *rest = _layers(model)[count:]
     return _with_layers(model, [_Entered(first, states), *rest])
 
 
@@ -171,7 +175,7 @@ def without_features(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _with_layers(model: Any, layers: list[nn.Module]) -> Any:
     """A copy of the backbone, down to the list of its layers, with other layers."""
     backbone = model._attachment.backbone
-    stack = _holding(backbone, model._attachment.repeater.entries[0].layer)
+    stack = _holding(backbone, _layers(model)[0])
     path = next(name for name, module in backbone.named_modules() if module is stack)
     config = _config_of(backbone.config, len(stack), len(layers))
     copied = view = _shallow(backbone, config)

@@ -275,7 +275,12 @@ class Once:
             layer.keys, layer.values = self.everywhere(layer.keys), self.everywhere(layer.values)
 
     def _tile(self, tensor: Tensor) -> Tensor:
-        return tensor.repeat(self.times, *[1] * (tensor.dim() - 1))
+        return tile(tensor, self.times)
+
+
+def tile(tensor: Tensor, times: int) -> Tensor:
+    """Copies of a batch, one whole behind the other: ``(rows, ...)`` to ``(times * rows, ...)``."""
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
