@@ -34,6 +34,9 @@ TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "accelerate", "peft", "nox
 DEFAULT = "not golden and not peer and not numerics"
 OFFLINE = {"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
 
+_wheels: dict[str, str] = {}
+"""Wheels that this run of nox has built, by member."""
+
 nox.options.sessions = ["tests", "lint", "types"]
 nox.options.error_on_external_run = True
 
@@ -132,12 +135,14 @@ def pytest(session: nox.Session, python: str, *args: str) -> None:
 
 
 def wheel(session: nox.Session, python: str, name: str) -> str:
-    """Build a member's wheel and return its path."""
-    folder = ENVIRONMENTS / "wheels" / name
-    shutil.rmtree(folder, ignore_errors=True)
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
-    pip(session, python, "wheel", *options, str(MEMBERS[name]))
-    return str(next(folder.glob("*.whl")))
+    """Build a member's wheel, once in a run of nox, and return its path."""
+    if name not in _wheels:
+        folder = ENVIRONMENTS / "wheels" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder))
+        pip(session, python, "wheel", *options, str(MEMBERS[name]))
+        _wheels[name] = str(next(folder.glob("*.whl")))
+    return _wheels[name]
 
 
 @nox.session(venv_backend="none")
