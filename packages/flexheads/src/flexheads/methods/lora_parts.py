@@ -133,7 +133,7 @@ class Delta(_Gated):
 
     def __init__(self, projection: Projection, config: LoRAConfig) -> None:
         super().__init__(projection.in_features, config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
         self.m = Magnitude(projection.weight) if config.use_dora else None
         if config.use_dora:
             self.wants_own_result = True
@@ -152,8 +152,15 @@ class Delta(_Gated):
 
     def dropped(self, hidden: Tensor) -> Tensor:
         """The input behind the dropout."""
-        dropout: Any = self._modules["dropout"]  # quicker than an attribute
-        return dropout(hidden) if dropout.training or not quiet(dropout) else hidden
+        dropout: Any = self._modules.get("dropout")  # quicker than an attribute
+        if dropout is not None and (dropout.training or not quiet(dropout)):
+            hidden = dropout(hidden)
+        return hidden
+
+    @property
+    def drops(self) -> float:
+        """The probability of dropping an input."""
+        return 0.0 if self.dropout is None else self.dropout.p
 
     def ratio(self, projection: Projection) -> Tensor:
         """``m / ||W + scaling * D||`` for each output, ``(out,)``, of a part with a magnitude."""
@@ -183,7 +190,7 @@ class Delta(_Gated):
             type(part) is type(self)
             and self.gate is None is part.gate
             and (self.m is None) == (part.m is None)
-            and part.dropout.p == self.dropout.p
+            and part.drops == self.drops
             and all(a.shape == b.shape for a, b in zip(part.factors(), self.factors(), strict=True))
         )
 
@@ -240,9 +247,10 @@ class LowRank(Delta):
         """Maps the projection's input and result to the new result."""
         own: Any = self._parameters  # quicker than attributes; lacks what something else computes
         down, up = own.get("lora_A"), own.get("lora_B")
-        dropout: Any = self._modules["dropout"]
+        dropout: Any = self._modules.get("dropout")
         plain = self.gate is None and self.m is None and down is not None and up is not None
-        if not plain or hidden.dtype != down.dtype or dropout.training or not quiet(dropout):
+        idle = dropout is None or (not dropout.training and quiet(dropout))
+        if not plain or not idle or hidden.dtype != down.dtype:
             return super().forward(hidden, output, projection)
         product = functional.linear(functional.linear(hidden, down), up)
         if product.dtype != output.dtype:
