@@ -11,7 +11,7 @@ from flexheads.composition import BLOCKS, Average
 from flexheads.errors import UnknownNameError
 from flexheads.heads.custom import class_of
 from flexheads.heads.ordinal import OrdinalHead
-from flexheads.models.head_methods import HeadsMixin
+from flexheads.models.heads.methods import HeadsMixin
 from flexheads.plugins import registry
 from flexheads.sites.rows import Chosen, KnownRows
 from flexheads.testing.block_checks import BLOCK_CHECKS, check_block

@@ -24,7 +24,7 @@ from flexheads.errors import (
     UnknownNameError,
     UnsupportedError,
 )
-from flexheads.models.generation import generates
+from flexheads.models.generating.generate import generates
 from flexheads.models.with_heads import with_heads_class
 from flexheads.plugins import registry, resolve
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static

@@ -778,7 +778,7 @@ def test_progress_is_shown_where_it_takes_long(
     assert capsys.readouterr().err == ""
     shared.predict("topic", TEXTS, tokenizer, progress=True)
     assert "6/6" in capsys.readouterr().err
-    monkeypatch.setattr("flexheads.models.predicting._PATIENCE", 0.0)
+    monkeypatch.setattr("flexheads.models.heads.predicting._PATIENCE", 0.0)
     shared.predict("topic", TEXTS, tokenizer)
     assert "6/6" in capsys.readouterr().err
     shared.predict("topic", TEXTS, tokenizer, progress=False)
@@ -792,7 +792,7 @@ def test_progress_is_shown_where_it_takes_long(
 
 
 def test_the_tokenizer_s_limit_and_the_model_s(tokenizer: Any) -> None:
-    from flexheads.models.processors import longest
+    from flexheads.models.heads.processors import longest
 
     bert, roberta = tiny_model("bert"), tiny_model("roberta")
     assert longest(bert, letters(16)) == 16

@@ -18,7 +18,7 @@ import flexheads
 from flexheads.checkpoints import store
 from flexheads.checkpoints.store import read_tensors, write_tensors
 from flexheads.methods.config import AdapterConfig, load_config
-from flexheads.models.static_heads import StaticHead
+from flexheads.models.heads.static import StaticHead
 from flexheads.sites.attach import Attachment
 from flexheads.testing import randomise, tiny_model, tiny_static
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import flexheads
 from flexheads import Average, BatchSplit, LoRAConfig, MultiTask, Parallel, Rows, Stack
 from flexheads.errors import CompositionError
-from flexheads.models.task_ids import with_task_ids
+from flexheads.models.calls.task_ids import with_task_ids
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
 
 METHODS: dict[str, Any] = {

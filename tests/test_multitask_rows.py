@@ -11,7 +11,7 @@ from transformers.utils.generic import ModelOutput
 
 from flexheads import BatchSplit, MultiHeadOutput, Parallel, Rows, Stack
 from flexheads.errors import CompositionError, ConfigError, LabelError, UnknownNameError
-from flexheads.models.tasks import Task, Tasks
+from flexheads.models.calls.tasks import Task, Tasks
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
 LENGTH, ROWS = 7, 8

@@ -30,7 +30,24 @@ LAYERS = (
     ("models",),
     ("training", "testing", "cli"),
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+ROOMS = (  # what lies directly in models/
+    ("base", "container"),
+    ("calls", "describing"),
+    ("adapters", "features"),
+    ("saving",),
+    ("heads",),
+    ("generating",),
+    ("active", "static", "with_heads"),
+    ("auto",),
+)
+
+
+def ranks(layers: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    return {name: rank for rank, names in enumerate(layers) for name in names}
+
+
+RANK = ranks(LAYERS)
+ROOM_RANK = ranks(ROOMS)
 
 MAX_FILE, MAX_FUNCTION = 400, 50
 
@@ -136,6 +153,22 @@ def test_layers_import_downwards(file: Path) -> None:
             wrong.append(f"line {line}: takes {name!r} from the package itself, not its module")
         elif rank(used) > rank(own):
             wrong.append(f"line {line}: {own} imports {used}, which lies above it")
+    assert not wrong, "\n".join(wrong)
+
+
+@each_core_file
+def test_rooms_of_models_import_one_way(file: Path) -> None:
+    """Rooms beside each other know nothing of each other either."""
+    own = module_name(file).removeprefix("flexheads.").split(".")
+    if own[0] != "models" or own == ["models"]:
+        return
+    wrong = []
+    for line, name in core_imports(file):
+        used = name.split(".")
+        if used[0] != "models" or used[1] == own[1]:
+            continue
+        if ROOM_RANK[used[1]] >= ROOM_RANK[own[1]]:
+            wrong.append(f"line {line}: {own[1]} imports {used[1]}, which does not lie below it")
     assert not wrong, "\n".join(wrong)
 
 

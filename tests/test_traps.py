@@ -19,7 +19,7 @@ from torch import nn
 
 import flexheads
 from flexheads.errors import UnknownNameError, UnsupportedError
-from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.adapters.mixin import AdapterModelMixin
 from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
 METHODS: dict[str, Any] = {

@@ -10,8 +10,8 @@ import torch
 import flexheads
 from flexheads import ArchitectureSpec, ResidualSite
 from flexheads.errors import UnsupportedError
-from flexheads.models.describe import describe
-from flexheads.models.tracing import Trace
+from flexheads.models.describing.describe import describe
+from flexheads.models.describing.tracing import Trace
 from flexheads.plugins import registry
 from flexheads.sites.attach import LINEAR_ROLES, RESIDUAL_ROLES
 from flexheads.sites.finding import find_layers, find_module, find_stack

@@ -69,7 +69,7 @@ _LAZY = {
     "UniPELTConfig": "flexheads.methods.union",
     "VeraConfig": "flexheads.methods.lora",
     "active": "flexheads.models.active",
-    "describe": "flexheads.models.describe",
+    "describe": "flexheads.models.describing.describe",
     "init": "flexheads.models.static",
     "load_config": "flexheads.methods.config",
     "lora_fa_groups": "flexheads.methods.lora_groups",

@@ -5,7 +5,7 @@ from flexheads._lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "AdapterModelMixin": "flexheads.models.mixin",
+        "AdapterModelMixin": "flexheads.models.adapters.mixin",
         "AutoModelWithHeads": "flexheads.models.auto",
         "ModelWithHeads": "flexheads.models.with_heads",
         "init": "flexheads.models.static",

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexheads.composition import Setup, parse_composition
 from flexheads.errors import UnsupportedError
-from flexheads.models.mixin import AdapterModelMixin
+from flexheads.models.adapters.mixin import AdapterModelMixin
 from flexheads.plan import Plan
 from flexheads.sites.chosen import Choice
 

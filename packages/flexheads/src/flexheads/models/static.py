@@ -20,18 +20,18 @@ from flexheads.errors import (
     UnsupportedError,
 )
 from flexheads.heads.config import label_names
-from flexheads.models.averaging import AveragingMixin
-from flexheads.models.files import reading
-from flexheads.models.generation_plans import GenerationPlansMixin
-from flexheads.models.generation_rows import GenerationPlan
-from flexheads.models.inputs import batch_size, repeat_rows
-from flexheads.models.mixin import AdapterModelMixin
-from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
-from flexheads.models.setups import SetupMixin
-from flexheads.models.signature import signed
-from flexheads.models.static_heads import StaticHead
-from flexheads.models.task_ids import check_rows
-from flexheads.models.whole import WholeModelMixin, load_backbone, restore
+from flexheads.models.adapters.averaging import AveragingMixin
+from flexheads.models.adapters.mixin import AdapterModelMixin
+from flexheads.models.calls.inputs import batch_size, repeat_rows
+from flexheads.models.calls.scores import ARGUMENTS, take_asked, with_scores
+from flexheads.models.calls.signature import signed
+from flexheads.models.calls.task_ids import check_rows
+from flexheads.models.generating.plans import GenerationPlansMixin
+from flexheads.models.generating.rows import GenerationPlan
+from flexheads.models.heads.static import StaticHead
+from flexheads.models.saving.files import reading
+from flexheads.models.saving.setups import SetupMixin
+from flexheads.models.saving.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import argument_names, compiled
 from flexheads.sites.finding import holds

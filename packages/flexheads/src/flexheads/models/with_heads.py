@@ -16,29 +16,29 @@ from flexheads.heads.features import Features
 from flexheads.heads.labels import check_shape
 from flexheads.heads.language_modeling import LanguageModelHead
 from flexheads.heads.outputs import MultiHeadOutput
-from flexheads.models.averaging import AveragingMixin
-from flexheads.models.container import NamedModules
-from flexheads.models.encoding import encode
-from flexheads.models.feature_cache import FeatureCacheMixin
-from flexheads.models.features_given import FEATURES, backbone_output
-from flexheads.models.generating_classes import configure_generation, generation_bases
-from flexheads.models.generation_rows import GenerationPlan, joined, keeping, step_of
-from flexheads.models.inputs import (
+from flexheads.models.adapters.averaging import AveragingMixin
+from flexheads.models.calls.encoding import encode
+from flexheads.models.calls.inputs import (
     among,
     flatten_choices,
     repeat_rows,
     with_decoder_inputs,
 )
-from flexheads.models.labels import USUAL, Labels, labels_by_route, take_labels
-from flexheads.models.loss_weights import LossWeightsMixin
-from flexheads.models.lower_layers import states_given, upper_backbone, without_features
-from flexheads.models.predicting import PredictMixin
-from flexheads.models.scores import ARGUMENTS, take_asked, with_scores
-from flexheads.models.signature import signed
-from flexheads.models.stacking import HeadStacks
-from flexheads.models.task_ids import check_rows
-from flexheads.models.tasks import Tasks, take_tasks
-from flexheads.models.whole import WholeModelMixin, load_backbone, restore
+from flexheads.models.calls.labels import USUAL, Labels, labels_by_route, take_labels
+from flexheads.models.calls.scores import ARGUMENTS, take_asked, with_scores
+from flexheads.models.calls.signature import signed
+from flexheads.models.calls.task_ids import check_rows
+from flexheads.models.calls.tasks import Tasks, take_tasks
+from flexheads.models.container import NamedModules
+from flexheads.models.features.cache import FeatureCacheMixin
+from flexheads.models.features.given import FEATURES, backbone_output
+from flexheads.models.features.lower_layers import states_given, upper_backbone, without_features
+from flexheads.models.generating.classes import configure_generation, generation_bases
+from flexheads.models.generating.rows import GenerationPlan, joined, keeping, step_of
+from flexheads.models.heads.loss_weights import LossWeightsMixin
+from flexheads.models.heads.predicting import PredictMixin
+from flexheads.models.heads.stacking import HeadStacks
+from flexheads.models.saving.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
 from flexheads.sites.attach import EMBEDDINGS, LATE_EMBEDDINGS, TOKENS
@@ -143,7 +143,7 @@ class ModelWithHeads(
             return_dict: False for a plain tuple.
             kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
                 ``end_positions`` for one head, or ``labels={head: ...}`` for several; ``task``, the
-                task of each row, in place of ``head``, and ``tasks``, see `flexheads.models.tasks`;
+                task of each row, in place of ``head``, and ``tasks``, see `flexheads.training.Tasks`;
                 ``output_adapter_gating_scores`` and ``output_adapter_fusion_attentions``.
 
         Returns:

@@ -20,7 +20,7 @@ from flexheads.composition import (
     Split,
     Stack,
 )
-from flexheads.models.inputs import batch_size
+from flexheads.models.calls.inputs import batch_size
 from flexheads.models.with_heads import ModelWithHeads
 from flexheads.sites.base import first_tensor
 from flexheads.sites.residual import AttachedResidual

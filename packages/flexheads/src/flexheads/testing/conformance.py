@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from flexheads.methods.config import load_config
-from flexheads.models.inputs import batch_size
+from flexheads.models.calls.inputs import batch_size
 from flexheads.plugins import registry, resolve
 from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from flexheads.heads.outputs import MultiHeadOutput
-from flexheads.models.loss_weights import LearnedLossWeight
+from flexheads.models.heads.loss_weights import LearnedLossWeight
 
 
 class LossLog(TrainerCallback):

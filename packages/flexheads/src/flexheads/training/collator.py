@@ -11,7 +11,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from flexheads.errors import ConfigError, LabelError
 from flexheads.heads.losses import IGNORED
-from flexheads.models.tasks import Task, Tasks
+from flexheads.models.calls.tasks import Task, Tasks
 from flexheads.training.datasets import COLUMN
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")

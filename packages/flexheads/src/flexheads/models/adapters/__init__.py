@@ -1,0 +1,1 @@
+"""Adapters on a model: adding, activating, training, merging, averaging, sharing them."""

@@ -1,0 +1,1 @@
+"""Proposing the specification of an architecture that no package knows."""

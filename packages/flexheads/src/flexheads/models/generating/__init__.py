@@ -1,0 +1,1 @@
+"""Transformers' ``generate`` with adapters and heads: plans, rows, classes."""

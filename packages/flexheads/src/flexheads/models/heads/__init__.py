@@ -1,0 +1,1 @@
+"""Heads on a model: adding, activating, naming labels, weighting losses, predicting."""

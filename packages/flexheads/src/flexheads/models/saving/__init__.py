@@ -1,0 +1,1 @@
+"""Files of a model: one adapter or head, a fusion, a setup, the whole model."""
