@@ -74,7 +74,7 @@ def test_by_hand_learns_the_same(key: str) -> None:
 def test_other_gradients_are_noticed() -> None:
     own = tiny()
     model = library.trained(side_flexheads.OURS, own, "seq_bn")
-    backbone = side_flexheads.by_hand_training(own, model, "training")
+    backbone = side_flexheads.by_hand_training(own, model, "seq_bn")
     with torch.no_grad():
         for parameter in model.adapters.parameters():
             parameter.add_(0.1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from benchmarks.speed.importing import import_ratio
 from benchmarks.speed.pairing import Call, Found, Trial, compare, spent, summed_up, taken
 from benchmarks.speed.probe import Probe, inference
 
+IMPORTS = ("import", "import_registry", "import_class")
 MANY, FILES = 100, 50
 """How many adapters are added and switched between; how many are saved and loaded."""
 
@@ -22,7 +25,10 @@ class Library(Protocol):
     """What the rows need of a library."""
 
     name: str
-    imports: str
+
+    @property
+    def imports(self) -> Mapping[str, str]:
+        """What a new interpreter runs for each of the rows about importing."""
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -73,7 +79,8 @@ def _training(library: Library, probe: Probe, repeats: int, **how: Any) -> Found
     return found[library.name]
 
 
-def _kept(library: Library, probe: Probe, repeats: int, **how: Any) -> Found:
+def _kept(library: Library, probe: Probe, repeats: int, dropout: bool = True, **how: Any) -> Found:
+    probe = probe if dropout else probe.without_dropout()
     return Found(training.kept(trained(library, probe, **how), probe.inputs(probe.keep)))
 
 
@@ -132,14 +139,26 @@ def _load(library: Library, probe: Probe, repeats: int) -> Found:
         return spent(prepared, repeats, probe.clocks)
 
 
+def _switch_alone(library: Library, probe: Probe, repeats: int, *, config: str) -> Found:
+    """Milliseconds of activating, each adapter for the first time, one after the other."""
+    model = _with_many(library, probe, MANY, config)
+    library.activate(model, "a0")
+    gc.collect()
+    clock, spent = probe.clocks[:1], []
+    for number in range(1, MANY):
+        spent += taken(partial(library.activate, model, f"a{number}"), clock)
+    return summed_up([1e3 * each for each in spent])
+
+
 def _switch(library: Library, probe: Probe, repeats: int, *, config: str) -> Found:
-    """Milliseconds that activating adds to the call that follows, each adapter for the first time.
+    """Milliseconds of activating and the call that follows, each adapter for the first time.
 
     The call is of one token, and is taken off again; so what is put off to it counts.
     """
     model = _with_many(library, probe, MANY, config)
     inputs = probe.inputs((1, 1))
     library.activate(model, "a0")
+    gc.collect()
     clock, more = probe.clocks[:1], []
     with inference():
         for number in range(1, MANY):
@@ -159,11 +178,11 @@ def _from_pretrained(library: Library, probe: Probe, repeats: int) -> Found:
         trial = Trial(
             lambda: plain.from_pretrained(folder), lambda: library.from_pretrained(Path(folder))
         )
-        return compare({library.name: trial}, repeats, probe.clocks)[library.name]
+        return compare({library.name: trial}, repeats, probe.clocks, collect=True)[library.name]
 
 
-def _import(library: Library, probe: Probe, repeats: int) -> Found:
-    return import_ratio(library.imports, repeats, library.environment)
+def _import(library: Library, probe: Probe, repeats: int, *, row: str = "import") -> Found:
+    return import_ratio(library.imports[row], repeats, library.environment)
 
 
 Measure = Callable[..., Found]
@@ -174,15 +193,19 @@ ROWS: Mapping[str, tuple[Measure, dict[str, Any]]] = {
     "kept": (_kept, {"config": "seq_bn"}),
     "kept_half": (_kept, {"config": "seq_bn", "half": True}),
     "kept_lora": (_kept, {"config": "lora"}),
+    "kept_p0": (_kept, {"config": "seq_bn", "dropout": False}),
+    "kept_lora_p0": (_kept, {"config": "lora", "dropout": False}),
     "add": (_add, {}),
     "load": (_load, {}),
     "save": (_save, {}),
+    "switch_alone": (_switch_alone, {"config": "lora"}),
     "switch": (_switch, {"config": "lora"}),
+    "switch_seq_bn_alone": (_switch_alone, {"config": "seq_bn"}),
     "switch_seq_bn": (_switch, {"config": "seq_bn"}),
     "from_pretrained": (_from_pretrained, {}),
-    "import": (_import, {}),
+    **{row: (_import, {"row": row}) for row in IMPORTS},
 }
-FEW = ("add", "load", "save", "import")
+FEW = ("add", "load", "save", *IMPORTS)
 """Rows that take seconds, and so are repeated at most this often."""
 MOST = 5
 

@@ -18,6 +18,8 @@ Call = Callable[[], Any]
 Clock = Callable[[], float]
 
 WARM_UP = 3
+PATIENCE, LEAST = 20.0, 2
+"""Seconds after which a work that is timed alone is not repeated any more, and how often it is."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,16 @@ def taken(call: Call, clocks: Sequence[Clock]) -> list[float]:
     return [clock() - begun for clock, begun in zip(clocks, before, strict=True)]
 
 
-def compare(trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock]) -> dict[str, Found]:
+def compare(
+    trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock], collect: bool = False
+) -> dict[str, Found]:
     """Times works in turns.
 
     Args:
         trials: The works, by name.
         repeats: How often.
         clocks: One, or CPU time and wall time.
+        collect: Collect garbage before each round, of works that leave much.
 
     Returns:
         For each name the ratio to its own reference.
@@ -104,6 +109,8 @@ def compare(trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock]) 
     gc.disable()
     try:
         for _ in range(repeats):
+            if collect:
+                gc.collect()
             for name, trial in trials.items():
                 around = taken(trial.reference, clocks)
                 own = taken(trial.call, clocks)
@@ -118,11 +125,19 @@ def compare(trials: Mapping[str, Trial], repeats: int, clocks: Sequence[Clock]) 
 def spent(prepared: Callable[[], Call], repeats: int, clocks: Sequence[Clock]) -> Found:
     """Seconds of a work that can be done but once.
 
+    Garbage that is there is collected before; collecting stays switched on meanwhile, as it is for
+    everybody, so what a work itself leaves behind counts.
+
     Args:
         prepared: Prepares the work, and returns it.
-        repeats: How often.
+        repeats: How often at most; see `PATIENCE`.
         clocks: One, or CPU time and wall time.
     """
     prepared()()  # what is imported late is imported
-    rounds = [taken(prepared(), clocks) for _ in range(repeats)]
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + PATIENCE
+    while len(rounds) < repeats and (len(rounds) < LEAST or time.perf_counter() < end):
+        call = prepared()
+        gc.collect()
+        rounds.append(taken(call, clocks))
     return summed_up(*zip(*rounds, strict=True))

@@ -7,7 +7,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
         intermediate_size=8192, tie_word_embeddings=True,
     ),
 }  # fmt: skip
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
+"""What configurations call the probabilities of dropping."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class Probe:
         with torch.device(self.device):
             model = build(copy.deepcopy(self.config))
         return model.to(getattr(torch, self.dtype)).eval()
+
+    def without_dropout(self) -> Probe:
+        """The same model, but none that drops anything in training."""
+        probe = replace(self)
+        for name in DROPOUTS:
+            if hasattr(probe.config, name):
+                setattr(probe.config, name, 0.0)
+        return probe
 
     def backbone(self) -> Any:
         """One more backbone with the same weights, for something to be done to it."""

@@ -29,6 +29,7 @@ class Row:
 _PASSES = "4 separate passes"
 _FULL = "full fine-tuning"
 _COMPILED = "compiled bare backbone"
+_IMPORTS = "torch and transformers"
 
 ROWS = {
     row.key: row
@@ -58,20 +59,35 @@ ROWS = {
         Row("kept_half", "activations kept, `seq_bn` in the upper half only", "", "MiB", 313,
             "memory"),
         Row("kept_lora", "activations kept, LoRA", "", "MiB", group="memory"),
+        Row("kept_full_p0", "activations kept at dropout 0, full fine-tuning", "", "MiB",
+            group="memory"),
+        Row("kept_p0", "activations kept at dropout 0, `seq_bn`", "", "MiB", 400, "memory"),
+        Row("kept_lora_p0", "activations kept at dropout 0, LoRA", "", "MiB", group="memory"),
         Row("add", "add 100 LoRAs", "", "s", 0.15, "managing"),
         Row("load", "load 50 saved LoRAs", "", "s", 0.15, "managing"),
         Row("save", "save 50 LoRAs", "", "s", 0.15, "managing"),
-        Row("switch", "activate one of 100 LoRAs", "", "ms", 0.2, "managing"),
-        Row("switch_seq_bn", "activate one of 100 `seq_bn`", "", "ms", 0.2, "managing"),
+        Row("switch_alone", "activate one of 100 LoRAs", "", "ms", 0.2, "managing"),
+        Row("switch", "activate one of 100 LoRAs, with the next call", "", "ms", 0.2, "managing"),
+        Row("switch_seq_bn_alone", "activate one of 100 `seq_bn`", "", "ms", 0.2, "managing"),
+        Row("switch_seq_bn", "activate one of 100 `seq_bn`, with the next call", "", "ms", 0.2,
+            "managing"),
         Row("from_pretrained", "`from_pretrained`", "the plain class", wanted=1.05,
             group="managing"),
-        Row("import", "import with ten plugins", "torch and transformers", wanted=1.02,
+        Row("import", "import, ten plugins installed", _IMPORTS, wanted=1.02,
+            group="managing"),
+        Row("import_registry", "import, registry read", _IMPORTS, wanted=1.02,
+            group="managing"),
+        Row("import_class", "import, registry and class with heads", _IMPORTS, wanted=1.02,
             group="managing"),
         Row("compiled_seq_bn", "compiled: `seq_bn`", _COMPILED, group="compiled"),
         Row("compiled_lora", "compiled: LoRA", _COMPILED, group="compiled"),
+        Row("compiled_ia3", "compiled: IA³", _COMPILED, group="compiled"),
+        Row("compiled_prefix_tuning", "compiled: prefix tuning", _COMPILED, group="compiled"),
         Row("compiled_stack", "compiled: Stack of 2", _COMPILED, group="compiled"),
         Row("compiled_fuse", "compiled: Fuse of 3", _COMPILED, group="compiled"),
         Row("compiled_rows_8", "compiled: Rows over 8 LoRAs, 32 x 16", _COMPILED,
+            group="compiled"),
+        Row("compiled_tasks_8", "compiled: MultiTask of 8 LoRAs, 32 x 16", _COMPILED,
             group="compiled"),
     )
 }  # fmt: skip

@@ -71,7 +71,7 @@ def _tell(key: str, found: Mapping[str, Found], seconds: float) -> None:
         numbers = f"{shown(row, each.value)} ±{each.noise:.2g}"
         if each.wall is not None:
             numbers += f", wall {shown(row, each.wall)}"
-        print(f"{key:16} {side:10} {numbers:40} {seconds:6.1f} s", flush=True)
+        print(f"{key:18} {side:10} {numbers:40} {seconds:6.1f} s", flush=True)
 
 
 def _made(probe: Probe, repeats: int, distributions: Sequence[str]) -> dict[str, Any]:

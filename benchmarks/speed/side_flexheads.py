@@ -15,16 +15,18 @@ from flexheads import AutoModelWithHeads, SeqBnConfig
 
 DISTRIBUTIONS = ("flexheads",)
 PLUGINS = 10
+_READ = f"assert len(flexheads.registry().architectures) >= {PLUGINS}"
 
 
 class Flexheads:
     """The library."""
 
     name = "flexheads"
-    imports = (
-        "import flexheads; flexheads.AutoModelWithHeads; "
-        f"found = flexheads.registry(); assert len(found.architectures) >= {PLUGINS}"
-    )
+    imports: Mapping[str, str] = {
+        "import": "import flexheads",
+        "import_registry": f"import flexheads; {_READ}",
+        "import_class": f"import flexheads; flexheads.AutoModelWithHeads; {_READ}",
+    }
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -61,11 +63,11 @@ OURS = Flexheads()
 # --- training, with a floor -------------------------------------------------------------------
 
 
-def by_hand_training(probe: Probe, model: Any, key: str) -> Any:
+def by_hand_training(probe: Probe, model: Any, config: str) -> Any:
     """The same training by hand: what a row trains, in a backbone of its own."""
     backbone = probe.backbone().requires_grad_(False)
     before = set(backbone.parameters())
-    {"lora": by_hand.lora}.get(key.partition("_")[2], by_hand.stack)(backbone, model, "a0")
+    {"lora": by_hand.lora, "seq_bn": by_hand.stack}[config](backbone, model, "a0")
     for parameter in set(backbone.parameters()) - before:
         parameter.requires_grad_(True)
     return backbone.train()
@@ -87,9 +89,10 @@ def same_gradients(probe: Probe, model: Any, backbone: Any) -> None:
 
 
 def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
-    model = library.trained(OURS, probe, **library.ROWS[key][1])
+    how = library.ROWS[key][1]
+    model = library.trained(OURS, probe, **how)
     stir(model.adapters)
-    backbone = by_hand_training(probe, model, key)
+    backbone = by_hand_training(probe, model, how["config"])
     same_gradients(probe, model, backbone)
     trials = {
         "flexheads": library.training_trial(probe, model),
@@ -100,9 +103,9 @@ def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
 
 def _kept(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     """The floor is without dropout: its masks need not be kept, they can be drawn again."""
-    model = library.trained(OURS, probe, **library.ROWS[key][1])
-    backbone = by_hand_training(probe, model, key)
-    training.without_dropout(backbone.modules())
+    how, still = dict(library.ROWS[key][1]), probe.without_dropout()
+    model = library.trained(OURS, probe if how.pop("dropout", True) else still, **how)
+    backbone = by_hand_training(still, model, how["config"])
     inputs = probe.inputs(probe.keep)
     return {
         "flexheads": Found(training.kept(model, inputs)),
@@ -111,6 +114,7 @@ def _kept(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
 
 
 def _kept_full(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    probe = probe.without_dropout() if key.endswith("p0") else probe
     return {"bare": Found(training.kept(training.fine_tuned(probe), probe.inputs(probe.keep)))}
 
 
@@ -129,6 +133,6 @@ MEASURES: dict[str, Callable[[Probe, str, int], dict[str, Found]]] = {
     **dict.fromkeys(library.ROWS, _alike),
     **dict.fromkeys([key for key in library.ROWS if key.startswith("training")], _training),
     **dict.fromkeys([key for key in library.ROWS if key.startswith("kept")], _kept),
-    "kept_full": _kept_full,
+    **dict.fromkeys(["kept_full", "kept_full_p0"], _kept_full),
     **dict.fromkeys(compiled.ROWS, compiled.measured),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ class Peft:
     """The library; a model of its kind has an adapter from the beginning."""
 
     name = "peft"
-    imports = "import peft; peft.get_peft_model"
-    environment: dict[str, str] = {}  # noqa: RUF012
+    imports: Mapping[str, str] = {
+        "import": "import peft",
+        "import_class": "import peft; peft.get_peft_model",
+    }
+    environment: Mapping[str, str] = {}
 
     def fresh(self, probe: Probe) -> Any:
         return get_peft_model(probe.backbone(), _config("lora"), adapter_name="first")
@@ -81,7 +84,10 @@ TRIALS: dict[str, Callable[[Probe], Trial]] = {
     "rows_8": partial(_rows, count=8),
     "rows_32": partial(_rows, count=32),
 }
-ALIKE = ("training_lora", "kept_lora", "add", "load", "save", "switch", "import")
+ALIKE = (
+    "training_lora", "kept_lora", "kept_lora_p0", "add", "load", "save", "switch_alone", "switch",
+    "import", "import_class",
+)  # fmt: skip
 
 
 def _forward(probe: Probe, key: str, repeats: int) -> dict[str, Found]:

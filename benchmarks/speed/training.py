@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from benchmarks.speed.pairing import Call
 from benchmarks.speed.probe import Probe, hidden
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 Sizes = dict[int, int]
@@ -57,13 +56,6 @@ def kept(model: Any, inputs: dict[str, Any]) -> float:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def without_dropout(modules: Iterable[nn.Module]) -> None:
-    """Sets every probability of dropping to zero."""
-    for module in modules:
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
 
 
 def gradients(model: Any, inputs: dict[str, Any], parameters: list[Tensor]) -> list[Tensor]:
