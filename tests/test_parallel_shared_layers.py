@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import flexheads
 from flexheads import BatchSplit, Parallel, Stack
 from flexheads.methods.config import load_config
+from flexheads.sites.caches import fills_by_layer
 from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
 from flexheads.testing.repeat_checks import BRANCHES, tensors
 
 REFT = ("loreft", "loreft[dropout=0.0]")
 BRANCHING = Parallel(*BRANCHES)
+TWO = Parallel(Stack("common", "one"), Stack("common", "two"))
 each_mode = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 
 
@@ -38,6 +41,19 @@ def with_adapters(model: Any, upper: Any = "double_seq_bn", common: Any = "doubl
 def flexible(architecture: str = "bert", upper: Any = "double_seq_bn", **kwargs: Any) -> Any:
     model = randomise(tiny_model(architecture, num_hidden_layers=4), std=0.1)
     return with_adapters(model, upper, **kwargs)
+
+
+def upper_only(architecture: str) -> Any:
+    """A model with an adapter in all layers, and two in the upper half, or only in the last."""
+    if architecture not in ("t5", "bart"):
+        return flexible(architecture)
+    model = randomise(tiny_model(architecture), std=0.1)
+    model.add_adapter("common", "double_seq_bn")
+    last = model._attachment.depth - 1
+    for name in ("one", "two"):
+        model.add_adapter(name, load_config("double_seq_bn", leave_out=list(range(last))))
+    randomise(model.adapters, std=0.2)
+    return model
 
 
 def static(name: str, **changes: Any) -> Any:
@@ -313,6 +329,87 @@ def test_a_new_cache_has_the_rows_of_all_branches_and_can_be_gone_on_from(
     )
 
 
+def cache_for(model: Any) -> Any:
+    """A cache that holds nothing yet."""
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return DynamicCache(config=model.config)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "mistral", "t5", "bart"])
+def test_an_empty_cache_is_filled_by_layers_that_are_shared(architecture: str) -> None:
+    model = upper_only(architecture)
+    inputs = tiny_inputs(model.config)
+
+    def begin() -> Any:
+        cache = cache_for(model)
+        output = model(**inputs, adapter_names=TWO, past_key_values=cache, use_cache=True)
+        return output, cache
+
+    (shared, cache), (whole, _) = both(model, begin)
+    assert_close(shared, whole)
+    assert {t.shape[0] for _, t in tensors(cache)} == {6}
+    both_sides = model.config.is_encoder_decoder
+    name = "decoder_input_ids" if both_sides else "input_ids"
+    more = {**inputs, name: inputs[name][:, :2]}
+    if not both_sides:
+        seen = more.pop("attention_mask")
+        more["attention_mask"] = torch.cat([seen, torch.ones_like(seen[:, :2])], dim=1)
+    found = model(**more, adapter_names=TWO, past_key_values=cache)
+    joined = {**more, name: torch.cat([inputs[name], more[name]], dim=1)}
+    for number, branch in enumerate(TWO):
+        alone = model(**joined, adapter_names=branch, use_cache=False).last_hidden_state[:, -2:]
+        rows = found.last_hidden_state[number * 3 : number * 3 + 3]
+        torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_are_shorter_than_the_sequence_are_kept_for_all_rows() -> None:
+    model = with_adapters(
+        randomise(tiny_model("mistral", num_hidden_layers=4, sliding_window=4), std=0.1)
+    )
+    ids = tiny_inputs(model.config)["input_ids"]
+
+    def begin_and_go_on() -> Any:
+        cache = DynamicCache(config=model.config)
+        model(ids, adapter_names=TWO, past_key_values=cache, use_cache=True)
+        assert {layer.keys.shape[0] for layer in cache.layers} == {6}
+        return model(ids[:, :1], adapter_names=TWO, past_key_values=cache)
+
+    shared, whole = both(model, begin_and_go_on)
+    assert_close(shared, whole)
+
+
+class OwnCache(DynamicCache):
+    """A class of somebody's own, which may do anything with what it is given."""
+
+
+@pytest.mark.parametrize("kind", ["static", "own", "filled"])
+def test_other_caches_have_all_rows_from_the_beginning(kind: str) -> None:
+    model = flexible("llama")
+    ids = tiny_inputs(model.config)["input_ids"]
+    cache: Any = OwnCache() if kind == "own" else DynamicCache()
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=16)
+    if kind == "filled":
+        model(ids, adapter_names=TWO, past_key_values=cache)
+    with rows_of_layers(model) as seen:
+        found = model(ids, adapter_names=TWO, past_key_values=cache)
+    assert seen == [6, 6, 6, 6]
+    whole = torch.cat([ids, ids], dim=1) if kind == "filled" else ids
+    expected = model(whole, adapter_names=TWO, use_cache=False).last_hidden_state[:, -7:]
+    torch.testing.assert_close(found.last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_which_caches_take_any_rows() -> None:
+    full, offloading = DynamicCache(), DynamicCache()
+    full.update(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), 0)
+    offloading.offloading = True
+    assert fills_by_layer(DynamicCache())
+    assert fills_by_layer(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    for other in (full, offloading, OwnCache(), EncoderDecoderCache(DynamicCache(), full), ()):
+        assert not fills_by_layer(other)
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generation_gives_the_tokens_of_each_branch(beams: int) -> None:
     model = flexible("gpt2")
@@ -326,6 +423,71 @@ def test_generation_gives_the_tokens_of_each_branch(beams: int) -> None:
     pad = model.config.pad_token_id
     padded = [torch.nn.functional.pad(t, (0, length - t.shape[1]), value=pad) for t in alone]
     assert torch.equal(found, torch.cat(padded))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5", "bart"])
+def test_the_first_call_of_a_generation_shares_layers(
+    architecture: str, how: dict[str, Any]
+) -> None:
+    """An encoder that has no part in the difference reads one copy of the batch."""
+    model = upper_only(architecture)
+    both_sides = model.config.is_encoder_decoder
+    (model.add_seq2seq_lm_head if both_sides else model.add_causal_lm_head)("lm")
+    inputs = tiny_inputs(model.config)
+    inputs.pop("decoder_input_ids", None)
+    wanted = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False, **how}
+
+    def generate(setup: Any) -> Any:
+        return model.generate(**inputs, adapter_names=setup, head="lm", **wanted)
+
+    rows = 3 * how.get("num_beams", 1)
+    with rows_of_layers(model) as seen:
+        found = generate(TWO)
+    encoded = [3, 3] if both_sides else []
+    first = [rows, 2 * rows] if both_sides else [rows, rows, 2 * rows, 2 * rows]
+    later = [2 * rows] * len(first) * 3
+    assert seen == [*encoded, *first, *later]
+    assert torch.equal(found, torch.cat([generate(branch) for branch in TWO]))
+
+
+def test_calls_inside_of_a_generation_are_no_copies() -> None:
+    """A processor of scores may run the model on rows of its own, with a cache of its own."""
+    model = flexible("gpt2")
+    model.add_causal_lm_head("lm")
+    inputs = tiny_inputs(model.config)
+    others = (inputs["input_ids"].repeat(2, 1) + torch.arange(6)[:, None]) % 20
+    given: list[torch.Tensor] = []
+
+    def process(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for cache in (DynamicCache(), None):
+            given.append(model(others, past_key_values=cache, use_cache=True).logits)
+        return scores
+
+    how = {"adapter_names": TWO, "head": "lm", "max_new_tokens": 2, "logits_processor": [process]}
+    model.generate(**inputs, **how)
+    rows = [
+        model(own, adapter_names=branch, head="lm").logits
+        for own, branch in zip(others.split(3), TWO, strict=True)
+    ]
+    assert len(given) == 4
+    for found in given:
+        torch.testing.assert_close(found, torch.cat(rows), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+@pytest.mark.parametrize("kind", ["output", "tuple"])
+def test_what_an_encoder_has_given_is_repeated(kind: str, upper: bool) -> None:
+    model = upper_only("t5")
+    model.add_adapter("everywhere", "double_seq_bn")
+    randomise(model.adapters["everywhere"], std=0.2)
+    branches = TWO if upper else Parallel("common", "everywhere")
+    inputs = tiny_inputs(model.config)
+    encoded = model.get_encoder()(inputs.pop("input_ids"))
+    inputs["encoder_outputs"] = encoded if kind == "output" else encoded.to_tuple()
+    found = model(**inputs, adapter_names=branches).last_hidden_state
+    alone = [model(**inputs, adapter_names=branch).last_hidden_state for branch in branches]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
 # --- training ----------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class Plan:
             operations that serve any rows; None where there are none.
         repeat_at: The layer before which rows are repeated for `Parallel`, whose branches are alike
             in all layers before; None where that is done with the inputs of the model.
+        copies: How many equal copies of the batch a generation begins with, made before the call.
     """
 
     setup: Block | None = None
@@ -49,6 +50,7 @@ class Plan:
     skip_layers: tuple[int, ...] = ()
     rows: Any = None
     repeat_at: int | None = None
+    copies: int = 1
 
     def rows_of(self, route: HeadRoute, batch: int) -> list[int] | slice | None:
         """The rows that a head sees in a batch of `batch` rows (already repeated); None is all.

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.base import CALL, argument_names
+from flexheads.sites.caches import past_length
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -69,16 +70,6 @@ class _Note:
         if self.name != CALL:
             given = {**(self.runtime.peek(CALL) or {}), self.name: given}
         self.runtime.put(CALL, given)
-
-
-def past_length(cache: Any) -> int | Tensor:
-    """How many positions a cache of keys and values holds."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        length: int | Tensor = cache.get_seq_length()
-        return length.clone() if isinstance(length, Tensor) else length  # some count in place
-    return int(cache[0][0].shape[-2]) if cache and cache[0] is not None else 0
 
 
 class Tokens:

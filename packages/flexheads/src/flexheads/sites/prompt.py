@@ -20,7 +20,7 @@ from flexheads.sites.base import (
     input_embeddings,
     run_chains,
 )
-from flexheads.sites.call import past_length
+from flexheads.sites.caches import past_length
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import undoing
 from flexheads.sites.rows import RowMap

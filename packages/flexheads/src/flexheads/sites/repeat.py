@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils.generic import ModelOutput
 
+from flexheads.plan import Plan
 from flexheads.sites.base import CALL, Hooks, argument_names, first_argument
+from flexheads.sites.caches import change_rows, fills_by_layer
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import undoing
 from flexheads.sites.recording import listening
@@ -32,7 +34,6 @@ _READ = (  # by what these have, rows are counted
     "decoder_inputs_embeds",
 )
 _CALLED = "call"
-_CACHES = ("self_attention_cache", "cross_attention_cache")
 
 
 class Repeater:
@@ -43,8 +44,10 @@ class Repeater:
     repeated where that layer begins. What has been recorded of the layers before, hidden states,
     attentions and a new cache, is repeated behind the backbone, so outputs are as ever.
 
-    A call that goes on from a cache repeats at the entry of the model: what its layers hold has the
-    rows of all branches already.
+    A cache that is still empty gets the rows of one copy from the layers before, and is repeated
+    behind the backbone too. So the first call of a generation, whose inputs hold all copies from
+    the beginning, shares layers. A call that goes on from a cache repeats at the entry of the
+    model: what its layers hold has the rows of all branches already.
 
     Hooks: ``call`` before and behind the backbone, and the number of a layer before that layer.
 
@@ -135,23 +138,46 @@ class Repeater:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Takes one copy of the inputs; None where the call repeats them at the model's entry."""
         plan = self.runtime.entered()
-        if plan is None or plan.repeat_at is None or plan.routing.repeat == 1 or listening():
+        if plan is None or plan.repeat_at is None or listening():
             return None
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if given.get("past_key_values") is not None:
+        if (times := _copies(plan, given)) == 1:
             return None
-        whole = batch_size(given)
-        once = whole // plan.routing.repeat
-        self.runtime.put(ONCE, Once(once, plan.routing.repeat))
-        return (), {
-            name: value[:once] if has_rows(name, value) and len(value) == whole else value
-            for name, value in given.items()
-        }
+        once = Once(batch_size(given) // times, times, given.get("past_key_values"))
+        self.runtime.put(ONCE, once)
+        return (), once.first(given)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Repeats what the output has of the layers before; None where nothing is to be done."""
         once: Once | None = self.runtime.take(ONCE)
-        return None if once is None else once.everywhere(output)
+        if once is None:
+            return None
+        once.everywhere(once.cache)  # which the output need not name
+        return once.everywhere(output)
+
+
+def _copies(plan: Plan, given: Mapping[str, Any]) -> int:
+    """How many equal copies of a batch the inputs hold, of which the backbone needs but one."""
+    cache = given.get("past_key_values")
+    if cache is not None and not fills_by_layer(cache):
+        return 1
+    if plan.copies == 1:
+        return plan.routing.repeat
+    # Only the first call of a generation is sure to have equal rows, and without a cache none says
+    # that it is the first. Who calls the model inside of it may have other rows altogether.
+    return plan.copies if cache is not None and _are_copies(given, plan.copies) else 1
+
+
+def _are_copies(given: Mapping[str, Any], times: int) -> bool:
+    """Whether inputs hold the same rows so many times, one batch behind the other."""
+    whole = batch_size(given)
+    if whole % times or torch.compiler.is_compiling():  # compiled code must not ask for values
+        return False
+    return all(
+        torch.equal(value, tile(value[: whole // times], times))
+        for name, value in given.items()
+        if has_rows(name, value) and len(value) == whole
+    )
 
 
 class _Entry:
@@ -197,11 +223,24 @@ class Once:
     Args:
         rows: Rows of one copy.
         times: How many copies there shall be.
+        cache: A cache that the layers fill, if one is given.
     """
 
-    def __init__(self, rows: int, times: int) -> None:
-        self.rows, self.times = rows, times
+    def __init__(self, rows: int, times: int, cache: Any = None) -> None:
+        self.rows, self.times, self.cache = rows, times, cache
         self.known: list[tuple[Tensor, Tensor]] = []
+
+    def first(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The first copy in the inputs of a model, which hold all of them."""
+        whole = self.rows * self.times
+        return {name: self._first(name, value, whole) for name, value in inputs.items()}
+
+    def _first(self, name: str, value: Any, whole: int) -> Any:
+        if isinstance(value, ModelOutput):
+            return type(value)(**{key: self._first(key, own, whole) for key, own in value.items()})
+        if type(value) in (tuple, list):
+            return type(value)(self._first(name, inner, whole) for inner in value)
+        return value[: self.rows] if has_rows(name, value) and len(value) == whole else value
 
     def given(self, name: str, value: Any, hidden: Tensor) -> Any:
         """An argument of a layer.
@@ -263,16 +302,8 @@ class Once:
             return type(value)(**{name: self.everywhere(own) for name, own in value.items()})
         if type(value) in (tuple, list):
             return type(value)(self.everywhere(inner) for inner in value)
-        if value is not None:
-            self._cache(value)
+        change_rows(value, self.everywhere)
         return value
-
-    def _cache(self, cache: Any) -> None:
-        """Repeats the keys and values of a cache that was made in this call."""
-        for inner in filter(None, (getattr(cache, name, None) for name in _CACHES)):
-            self._cache(inner)
-        for layer in getattr(cache, "layers", ()):
-            layer.keys, layer.values = self.everywhere(layer.keys), self.everywhere(layer.values)
 
     def _tile(self, tensor: Tensor) -> Tensor:
         return tile(tensor, self.times)

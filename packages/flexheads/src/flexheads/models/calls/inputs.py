@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from flexheads.errors import ConfigError
+from flexheads.sites.repeat import Once, has_rows, tile
 from flexheads.sites.repeat import batch_size as batch_size
-from flexheads.sites.repeat import has_rows, tile
 
+_ENCODED = ("encoder_outputs",)
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
@@ -29,12 +30,23 @@ def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
 
 
 def repeat_rows(inputs: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Repeats the batch, whole after whole, in every tensor that carries it."""
-    batch = batch_size(inputs)
-    return {
+    """Repeats the batch, whole after whole, in every tensor that carries it.
+
+    Those of what an encoder has given are among them.
+    """
+    encoded = {name: value for name, value in inputs.items() if name in _ENCODED}
+    batch = batch_size(inputs) or max(map(_rows_of, encoded.values()), default=0)
+    once = Once(batch, times)
+    plain = {
         name: tile(value, times) if has_rows(name, value) and len(value) == batch else value
         for name, value in inputs.items()
     }
+    return {**plain, **{name: once.everywhere(value) for name, value in encoded.items()}}
+
+
+def _rows_of(encoded: Any) -> int:
+    """Rows of what an encoder has given: an output, a tuple, or None."""
+    return 0 if encoded is None else len(encoded[0])
 
 
 def among(

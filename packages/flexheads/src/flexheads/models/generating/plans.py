@@ -23,6 +23,7 @@ from flexheads.models.generating.rows import (
     rows_named,
 )
 from flexheads.plan import Plan
+from flexheads.sites.repeat import Once
 
 
 class GenerationPlansMixin(AdapterModelMixin):
@@ -88,29 +89,57 @@ class GenerationPlansMixin(AdapterModelMixin):
             setup = repeat_setup(plan.setup, routing, times)
             return as_generation(self._make_plan(setup, heads, plan.skip_layers))
 
-        own = as_generation(plan, routing=routing, named=rows_named(plan), expanded=expanded)
+        own = as_generation(
+            plan,
+            routing=routing,
+            named=rows_named(plan),
+            expanded=expanded,
+            copies=plan.routing.repeat,
+        )
         plans.keep(("generation", plan), own)
         return own
 
     def _prepare_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Some classes repeat the rows before the encoder reads them."""
         name, original = "_prepare_encoder_decoder_kwargs_for_generation", super()
-        return self._encode(getattr(original, name), inputs_tensor, *args, **kwargs)
+        return self._encode(getattr(original, name), inputs_tensor, model_kwargs, *args, **kwargs)
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, *args: Any, **kwargs: Any
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """The same under its newer name."""
         name, original = "_prepare_text_encoder_decoder_kwargs_for_generation", super()
-        return self._encode(getattr(original, name), inputs_tensor, *args, **kwargs)
+        return self._encode(getattr(original, name), inputs_tensor, model_kwargs, *args, **kwargs)
 
     def _encode(
-        self, original: Callable[..., Any], inputs: Tensor, *args: Any, **kwargs: Any
+        self,
+        original: Callable[..., Any],
+        inputs: Tensor,
+        given: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
+        """Runs the encoder under the plan of the generation.
+
+        Where branches differ in the decoder only, it reads one copy of the batch.
+
+        Args:
+            original: Transformers' method.
+            inputs: What the encoder reads.
+            given: What goes with it.
+            args: Further arguments of the method.
+            kwargs: Further arguments by name.
+        """
         plan = self._attachment.runtime.entered()
         if not isinstance(plan, GenerationPlan):
-            return original(inputs, *args, **kwargs)
-        with self._enter(plan.for_rows(inputs.shape[0])):
-            return original(inputs, *args, **kwargs)
+            return original(inputs, given, *args, **kwargs)
+        plan = plan.for_rows(inputs.shape[0])
+        if plan.repeat_at is None or plan.copies == 1:
+            with self._enter(plan):
+                return original(inputs, given, *args, **kwargs)
+        once = Once(inputs.shape[0] // plan.copies, plan.copies)
+        with self._enter(dataclasses.replace(plan, copies=1)):  # transformers may come here twice
+            encoded = original(inputs[: once.rows], once.first(given), *args, **kwargs)
+        return {**given, "encoder_outputs": once.everywhere(encoded["encoder_outputs"])}

@@ -181,10 +181,4 @@ def repeated(inputs: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
             f"{plan.setup!r} repeats the batch, but not what past_key_values holds. Begin without "
             "a cache, or name the rows with Rows."
         )
-    times = plan.routing.repeat
-    nested = {
-        name: type(value)(**repeat_rows(value, times))
-        for name, value in inputs.items()
-        if isinstance(value, ModelOutput)
-    }
-    return {**repeat_rows(inputs, times), **nested}
+    return repeat_rows(inputs, plan.routing.repeat)
