@@ -21,7 +21,7 @@ SOURCES = sorted(f for g in ("packages", "plugins") for f in (ROOT / g).glob("*/
 CORE_FILES = [file for file in SOURCES if CORE in file.parents]
 
 LAYERS = (
-    ("specs", "errors", "composition", "routing"),
+    ("specs", "errors", "composition", "routing", "layouts"),
     ("hookspecs", "plugins"),
     ("plan",),
     ("sites",),
@@ -69,7 +69,7 @@ HOST = re.compile(
 )
 TICKET = re.compile(r"(?i)\b(?:issue|ticket|pull request)s? #?\d+\b|(?<![\w&#/])#\d{1,5}(?![\w-])")
 
-TORCH_FREE = ("specs", "errors", "composition", "routing", "hookspecs", "plugins")
+TORCH_FREE = ("specs", "errors", "composition", "routing", "layouts", "hookspecs", "plugins")
 
 
 def ident(file: Path) -> str:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ENCODER_HEADS, ONE_LAYER, conversions
 
 ALBERT = ArchitectureSpec(
     name="albert",
@@ -59,8 +53,7 @@ ALBERT = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-_POOLED = {**_ONE_LAYER, "use_pooler": True}
+_POOLED = {**ONE_LAYER, "use_pooler": True}
 
 
 def _lm(output: str = "logits") -> HeadRule:
@@ -79,26 +72,15 @@ def _lm(output: str = "logits") -> HeadRule:
     )
 
 
-_HEADS: dict[str, tuple[HeadRule, ...]] = {
-    "AlbertForSequenceClassification": (
-        HeadRule(head_type="classification", weights={"classifier": "layers.0"}, config=_POOLED),
+_HEADS: dict[str, HeadRule | tuple[HeadRule, ...]] = {
+    "ForSequenceClassification": HeadRule(
+        head_type="classification", weights={"classifier": "layers.0"}, config=_POOLED
     ),
-    "AlbertForMultipleChoice": (
-        HeadRule(head_type="multiple_choice", weights={"classifier": "layers.0"}, config=_POOLED),
-    ),
-    "AlbertForTokenClassification": (
-        HeadRule(head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER),
-    ),
-    "AlbertForQuestionAnswering": (
-        HeadRule(
-            head_type="question_answering",
-            weights={"qa_outputs": "layers.0"},
-            config={**_ONE_LAYER, "dropout_prob": 0.0},
-            output="start_logits",
-        ),
-    ),
-    "AlbertForMaskedLM": (_lm(),),
-    "AlbertForPreTraining": (
+    "ForMultipleChoice": ENCODER_HEADS["ForMultipleChoice"],
+    "ForTokenClassification": ENCODER_HEADS["ForTokenClassification"],
+    "ForQuestionAnswering": ENCODER_HEADS["ForQuestionAnswering"],
+    "ForMaskedLM": _lm(),
+    "ForPreTraining": (
         _lm(output="prediction_logits"),
         HeadRule(
             head_type="next_sentence",
@@ -120,7 +102,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for ALBERT."""
-    return [
-        HeadConversion(architecture=ALBERT.name, static_class=name, heads=rules)
-        for name, rules in _HEADS.items()
-    ]
+    return conversions(ALBERT, "Albert", _HEADS)

@@ -4,50 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, ResidualSite, hookimpl
+from flexheads.layouts import DECODER_LAYERS, ENCODER_HEADS, ENCODER_LAYERS, ONE_LAYER, conversions
 
-_ADAPTERHUB = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
-
-ENCODER = LayerSpec(
-    path="encoder.layers",
-    side="encoder",
-    attention=ResidualSite(
+# A norm stands behind each sum.
+_NORMS_LAST: dict[str, Any] = {
+    "attention": ResidualSite(
         output="self_attn.out_proj", residual="self_attn", norm="self_attn_layer_norm"
     ),
-    feed_forward=ResidualSite(output="fc2", residual="fc1", norm="final_layer_norm"),
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.out_proj",
-    mlp_in="fc1",
-    mlp_out="fc2",
-    self_attention="self_attn",
-    norms=("self_attn_layer_norm", "final_layer_norm"),
-    adapterhub=_ADAPTERHUB,
-)
-
-DECODER = replace(
-    ENCODER,
-    path="decoder.layers",
-    side="decoder",
-    cross_attention=ResidualSite(
-        output="encoder_attn.out_proj", residual="encoder_attn", norm="encoder_attn_layer_norm"
-    ),
-    cross_query="encoder_attn.q_proj",
-    cross_key="encoder_attn.k_proj",
-    cross_value="encoder_attn.v_proj",
-    cross_attention_output="encoder_attn.out_proj",
-    encoder_attention="encoder_attn",
-    norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-    adapterhub={**_ADAPTERHUB, "cross_attention": "cross_attention_adapters"},
+    "feed_forward": ResidualSite(output="fc2", residual="fc1", norm="final_layer_norm"),
+}
+_CROSS_LAST = ResidualSite(
+    output="encoder_attn.out_proj", residual="encoder_attn", norm="encoder_attn_layer_norm"
 )
 
 BART = ArchitectureSpec(
@@ -55,7 +25,10 @@ BART = ArchitectureSpec(
     model_types=("bart",),
     backbone="transformers.models.bart.modeling_bart:BartModel",
     embeddings="encoder.layernorm_embedding",
-    layers=(ENCODER, DECODER),
+    layers=(
+        replace(ENCODER_LAYERS, **_NORMS_LAST),
+        replace(DECODER_LAYERS, **_NORMS_LAST, cross_attention=_CROSS_LAST),
+    ),
     norms=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
     pooling="eos",
     shares_layers=True,
@@ -86,22 +59,13 @@ PLBART = replace(
     decoder_starts_with="last_token",
 )
 
-# In mBART the norms come first.
-_NORMS_FIRST = {
-    "attention": ResidualSite(output="self_attn.out_proj", residual="self_attn_layer_norm"),
-    "feed_forward": ResidualSite(output="fc2", residual="final_layer_norm"),
-}
-_CROSS_FIRST = ResidualSite(output="encoder_attn.out_proj", residual="encoder_attn_layer_norm")
-
+# Its norms come first.
 MBART = replace(
     BART,
     name="mbart",
     model_types=("mbart",),
     backbone="transformers.models.mbart.modeling_mbart:MBartModel",
-    layers=(
-        replace(ENCODER, **_NORMS_FIRST),
-        replace(DECODER, **_NORMS_FIRST, cross_attention=_CROSS_FIRST),
-    ),
+    layers=(ENCODER_LAYERS, DECODER_LAYERS),
     norms=(*BART.norms, "encoder.layer_norm", "decoder.layer_norm"),
     decoder_starts_with="last_token",
 )
@@ -112,7 +76,7 @@ _HEADS = {
     "ForConditionalGeneration": HeadRule(
         head_type="seq2seq_lm",
         weights={"lm_head.weight": "weight"},
-        config={"layers": 1, "activation_function": None, "layer_norm": False},
+        config={**ONE_LAYER, "layer_norm": False},
         added_bias="final_logits_bias",
     ),
     "ForSequenceClassification": HeadRule(
@@ -123,12 +87,7 @@ _HEADS = {
         },
         config={"layers": 2, "activation_function": "tanh"},
     ),
-    "ForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
+    "ForQuestionAnswering": ENCODER_HEADS["ForQuestionAnswering"],
 }
 
 
@@ -141,9 +100,9 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """The head classes with both sides; PLBart answers no questions."""
+    unasked = {name: rule for name, rule in _HEADS.items() if name != "ForQuestionAnswering"}
     return [
-        HeadConversion(architecture=spec.name, static_class=prefix + ending, heads=(rule,))
-        for spec, prefix in ((BART, "Bart"), (MBART, "MBart"), (PLBART, "PLBart"))
-        for ending, rule in _HEADS.items()
-        if (prefix, ending) != ("PLBart", "ForQuestionAnswering")
+        *conversions(BART, "Bart", _HEADS),
+        *conversions(MBART, "MBart", _HEADS),
+        *conversions(PLBART, "PLBart", unasked),
     ]

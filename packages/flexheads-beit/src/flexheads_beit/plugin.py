@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 BEIT = ArchitectureSpec(
     name="beit",
@@ -55,20 +49,19 @@ BEIT = ArchitectureSpec(
 
 # Left out: segmentation, whose head is a network of its own over several layers.
 _HEADS = {
-    "BeitForImageClassification": HeadRule(
+    "ForImageClassification": HeadRule(
         head_type="image_classification",
         weights={"classifier": "layers.0"},
         config={
-            "layers": 1,
-            "activation_function": None,
+            **ONE_LAYER,
             "use_pooler": True,
             "dropout_prob": 0.0,
         },
     ),
-    "BeitForMaskedImageModeling": HeadRule(
+    "ForMaskedImageModeling": HeadRule(
         head_type="masked_image_tokens",
         weights={"layernorm": "norm", "lm_head": "layers.0"},
-        config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
+        config={**ONE_LAYER, "dropout_prob": 0.0},
         config_from={"vocab_size": "vocab_size"},
     ),
 }
@@ -83,7 +76,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Image classification, and the visual tokens of masked images."""
-    return [
-        HeadConversion(architecture=BEIT.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(BEIT, "Beit", _HEADS)

@@ -5,36 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, ResidualSite, hookimpl
+from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, ONE_LAYER, TINY, conversions
 
-LAYER = LayerSpec(
-    path="encoder.layer",
-    when={"add_cross_attention": False},
-    attention=ResidualSite(
-        output="attention.output.dropout",
-        residual="attention",
-        norm="attention.output.LayerNorm",
-    ),
-    feed_forward=ResidualSite(
-        output="output.dropout", residual="intermediate", norm="output.LayerNorm"
-    ),
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_output="attention.output.dense",
-    mlp_in="intermediate.dense",
-    mlp_out="output.dense",
-    self_attention="attention.self",
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    adapterhub={"attention": "attention.output", "feed_forward": "output"},
-)
+LAYER = replace(NORM_LAST_LAYERS, when={"add_cross_attention": False})
 
 # In a decoder that attends to an encoder too.
 WITH_CROSS_ATTENTION = replace(
@@ -64,14 +38,7 @@ BERT = ArchitectureSpec(
     pooling="first_token",
     pooler=True,
     shares_layers=True,
-    tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
-    },
+    tiny=TINY,
 )
 
 BERT_GENERATION = replace(
@@ -82,8 +49,7 @@ BERT_GENERATION = replace(
     pooler=False,
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-_POOLED = {**_ONE_LAYER, "use_pooler": True}
+_POOLED = {**ONE_LAYER, "use_pooler": True}
 _LM = {"layers": 2, "layer_norm": True, "bias": True}
 _LM_WEIGHTS = {
     "cls.predictions.transform.dense": "layers.0.dense",
@@ -114,28 +80,17 @@ def _next_sentence(suffix: str = "", output: str = "logits") -> HeadRule:
     )
 
 
-_HEADS: dict[str, tuple[HeadRule, ...]] = {
-    "BertForSequenceClassification": (
-        HeadRule(head_type="classification", weights={"classifier": "layers.0"}, config=_POOLED),
+_HEADS: dict[str, HeadRule | tuple[HeadRule, ...]] = {
+    "ForSequenceClassification": HeadRule(
+        head_type="classification", weights={"classifier": "layers.0"}, config=_POOLED
     ),
-    "BertForMultipleChoice": (
-        HeadRule(head_type="multiple_choice", weights={"classifier": "layers.0"}, config=_POOLED),
-    ),
-    "BertForTokenClassification": (
-        HeadRule(head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER),
-    ),
-    "BertForQuestionAnswering": (
-        HeadRule(
-            head_type="question_answering",
-            weights={"qa_outputs": "layers.0"},
-            config={**_ONE_LAYER, "dropout_prob": 0.0},
-            output="start_logits",
-        ),
-    ),
-    "BertForMaskedLM": (_lm("masked_lm"),),
-    "BertLMHeadModel": (_lm("causal_lm"),),
-    "BertForNextSentencePrediction": (_next_sentence(),),
-    "BertForPreTraining": (
+    "ForMultipleChoice": ENCODER_HEADS["ForMultipleChoice"],
+    "ForTokenClassification": ENCODER_HEADS["ForTokenClassification"],
+    "ForQuestionAnswering": ENCODER_HEADS["ForQuestionAnswering"],
+    "ForMaskedLM": _lm("masked_lm"),
+    "LMHeadModel": _lm("causal_lm"),
+    "ForNextSentencePrediction": _next_sentence(),
+    "ForPreTraining": (
         _lm("masked_lm", output="prediction_logits"),
         _next_sentence(suffix="_next_sentence", output="seq_relationship_logits"),
     ),
@@ -144,7 +99,7 @@ _HEADS: dict[str, tuple[HeadRule, ...]] = {
 _GENERATION_HEAD = HeadRule(
     head_type="causal_lm",
     weights={"lm_head.decoder.weight": "weight", "lm_head.decoder.bias": "bias"},
-    config={**_ONE_LAYER, "layer_norm": False, "bias": True},
+    config={**ONE_LAYER, "layer_norm": False, "bias": True},
     aliases={"lm_head.bias": "lm_head.decoder.bias"},
 )
 
@@ -158,15 +113,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for them."""
-    generation = HeadConversion(
-        architecture=BERT_GENERATION.name,
-        static_class="BertGenerationDecoder",
-        heads=(_GENERATION_HEAD,),
-    )
     return [
-        *(
-            HeadConversion(architecture=BERT.name, static_class=name, heads=rules)
-            for name, rules in _HEADS.items()
-        ),
-        generation,
+        *conversions(BERT, "Bert", _HEADS),
+        *conversions(BERT_GENERATION, "BertGeneration", {"Decoder": _GENERATION_HEAD}),
     ]

@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
-from flexheads import (
-    ArchitectureSpec,
-    FusedBlock,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, FusedBlock, HeadConversion, HeadRule, hookimpl
+from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, TINY, conversions
 
-_V2_LAYERS = LayerSpec(
-    path="encoder.layer",
-    attention=ResidualSite(
-        output="attention.output.dropout",
-        residual="attention",
-        norm="attention.output.LayerNorm",
-    ),
-    feed_forward=ResidualSite(
-        output="output.dropout", residual="intermediate", norm="output.LayerNorm"
-    ),
+_V2_LAYERS = replace(
+    NORM_LAST_LAYERS,
     query="attention.self.query_proj",
     key="attention.self.key_proj",
     value="attention.self.value_proj",
-    attention_output="attention.output.dense",
-    mlp_in="intermediate.dense",
-    mlp_out="output.dense",
-    self_attention="attention.self",
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    adapterhub={"attention": "attention.output", "feed_forward": "output"},
 )
 
 DEBERTA_V2 = ArchitectureSpec(
@@ -46,12 +26,7 @@ DEBERTA_V2 = ArchitectureSpec(
     pooling="first_token",
     shares_layers=True,
     tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
+        **TINY,
         "pooler_hidden_size": 32,
         # As in version 3.
         "relative_attention": True,
@@ -66,13 +41,13 @@ DEBERTA_V2 = ArchitectureSpec(
 
 _TINY = {k: v for k, v in DEBERTA_V2.tiny.items() if k not in ("position_buckets", "share_att_key")}
 
-DEBERTA = dataclasses.replace(
+DEBERTA = replace(
     DEBERTA_V2,
     name="deberta",
     model_types=("deberta",),
     backbone="transformers.models.deberta.modeling_deberta:DebertaModel",
     layers=(
-        dataclasses.replace(
+        replace(
             _V2_LAYERS,
             query="attention.self.in_proj",
             key="attention.self.in_proj",
@@ -89,8 +64,7 @@ DEBERTA = dataclasses.replace(
     tiny=_TINY,
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-_POOLED = {
+_POOLED: dict[str, Any] = {
     "weights": {"pooler.dense": "layers.0", "classifier": "layers.1"},
     "config": {"layers": 2, "use_pooler": False},
     "config_from": {"activation_function": "pooler_hidden_act"},
@@ -99,15 +73,8 @@ _POOLED = {
 # Models that are not "legacy" have a masked-LM head by other names, which is not converted.
 _HEADS = {
     "ForSequenceClassification": HeadRule(head_type="classification", **_POOLED),
-    "ForTokenClassification": HeadRule(
-        head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER
-    ),
-    "ForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
+    "ForTokenClassification": ENCODER_HEADS["ForTokenClassification"],
+    "ForQuestionAnswering": ENCODER_HEADS["ForQuestionAnswering"],
     "ForMaskedLM": HeadRule(
         head_type="masked_lm",
         weights={
@@ -121,11 +88,6 @@ _HEADS = {
         aliases={"cls.predictions.bias": "cls.predictions.decoder.bias"},
     ),
 }
-_STATIC = {
-    **{f"DebertaV2{name}": (DEBERTA_V2, rule) for name, rule in _HEADS.items()},
-    **{f"Deberta{name}": (DEBERTA, rule) for name, rule in _HEADS.items()},
-    "DebertaV2ForMultipleChoice": (DEBERTA_V2, HeadRule(head_type="multiple_choice", **_POOLED)),
-}
 
 
 @hookimpl
@@ -137,7 +99,8 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for DeBERTa."""
+    choice = HeadRule(head_type="multiple_choice", **_POOLED)
     return [
-        HeadConversion(architecture=spec.name, static_class=name, heads=(rule,))
-        for name, (spec, rule) in _STATIC.items()
+        *conversions(DEBERTA_V2, "DebertaV2", {**_HEADS, "ForMultipleChoice": choice}),
+        *conversions(DEBERTA, "Deberta", _HEADS),
     ]

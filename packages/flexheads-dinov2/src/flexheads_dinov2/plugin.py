@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 DINOV2 = ArchitectureSpec(
     name="dinov2",
@@ -65,8 +59,7 @@ _CLASSIFICATION = HeadRule(
     head_type="image_classification",
     weights={"classifier": "layers.0"},
     config={
-        "layers": 1,
-        "activation_function": None,
+        **ONE_LAYER,
         "pooling": "first_token_and_patch_mean",
         "dropout_prob": 0.0,
     },
@@ -82,11 +75,8 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Image classification, by the first token beside the mean of the others."""
+    heads = {"ForImageClassification": _CLASSIFICATION}
     return [
-        HeadConversion(
-            architecture=spec.name,
-            static_class=f"{prefix}ForImageClassification",
-            heads=(_CLASSIFICATION,),
-        )
-        for spec, prefix in ((DINOV2, "Dinov2"), (REGISTERS, "Dinov2WithRegisters"))
+        *conversions(DINOV2, "Dinov2", heads),
+        *conversions(REGISTERS, "Dinov2WithRegisters", heads),
     ]

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 DISTILBERT = ArchitectureSpec(
     name="distilbert",
@@ -53,37 +47,36 @@ DISTILBERT = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
 _TWO_LAYERS = {"layers": 2, "activation_function": "relu", "use_pooler": False}
 _TWO_LAYERS_WEIGHTS = {"pre_classifier": "layers.0", "classifier": "layers.1"}
 
 _HEADS = {
-    "DistilBertForSequenceClassification": HeadRule(
+    "ForSequenceClassification": HeadRule(
         head_type="classification",
         weights=_TWO_LAYERS_WEIGHTS,
         config=_TWO_LAYERS,
         config_from={"dropout_prob": "seq_classif_dropout"},
     ),
-    "DistilBertForMultipleChoice": HeadRule(
+    "ForMultipleChoice": HeadRule(
         head_type="multiple_choice",
         weights=_TWO_LAYERS_WEIGHTS,
         config=_TWO_LAYERS,
         config_from={"dropout_prob": "seq_classif_dropout"},
     ),
-    "DistilBertForTokenClassification": HeadRule(
+    "ForTokenClassification": HeadRule(
         head_type="tagging",
         weights={"classifier": "layers.0"},
-        config=_ONE_LAYER,
+        config=ONE_LAYER,
         config_from={"dropout_prob": "dropout"},
     ),
-    "DistilBertForQuestionAnswering": HeadRule(
+    "ForQuestionAnswering": HeadRule(
         head_type="question_answering",
         weights={"qa_outputs": "layers.0"},
-        config=_ONE_LAYER,
+        config=ONE_LAYER,
         config_from={"dropout_prob": "qa_dropout"},
         output="start_logits",
     ),
-    "DistilBertForMaskedLM": HeadRule(
+    "ForMaskedLM": HeadRule(
         head_type="masked_lm",
         weights={
             "vocab_transform": "layers.0.dense",
@@ -106,7 +99,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for DistilBERT."""
-    return [
-        HeadConversion(architecture=DISTILBERT.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(DISTILBERT, "DistilBert", _HEADS)

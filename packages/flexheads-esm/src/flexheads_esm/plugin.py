@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, ResidualSite, hookimpl
+from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, TINY, conversions
 
 # The norm in the embeddings is left out: only some of the models have it.
 ESM = ArchitectureSpec(
@@ -20,21 +15,13 @@ ESM = ArchitectureSpec(
     backbone="transformers.models.esm.modeling_esm:EsmModel",
     embeddings="embeddings",
     layers=(
-        LayerSpec(
-            path="encoder.layer",
+        replace(
+            NORM_LAST_LAYERS,
             attention=ResidualSite(
                 output="attention.output.dropout", residual="attention.LayerNorm"
             ),
             feed_forward=ResidualSite(output="output.dropout", residual="LayerNorm"),
-            query="attention.self.query",
-            key="attention.self.key",
-            value="attention.self.value",
-            attention_output="attention.output.dense",
-            mlp_in="intermediate.dense",
-            mlp_out="output.dense",
-            self_attention="attention.self",
             norms=("attention.LayerNorm", "LayerNorm"),
-            adapterhub={"attention": "attention.output", "feed_forward": "output"},
         ),
     ),
     norms=("encoder.emb_layer_norm_after",),
@@ -42,14 +29,9 @@ ESM = ArchitectureSpec(
     pooler=True,
     shares_layers=True,
     tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
+        **TINY,
         "mask_token_id": 98,
         "pad_token_id": 1,
-        "max_position_embeddings": 64,
         "position_embedding_type": "rotary",
         "token_dropout": True,
     },
@@ -57,17 +39,9 @@ ESM = ArchitectureSpec(
 
 # Folding is left out: it predicts atoms, which no type of flexible head does.
 _HEADS = {
-    "EsmForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"classifier.dense": "layers.0", "classifier.out_proj": "layers.1"},
-        config={"layers": 2, "activation_function": "tanh", "use_pooler": False},
-    ),
-    "EsmForTokenClassification": HeadRule(
-        head_type="tagging",
-        weights={"classifier": "layers.0"},
-        config={"layers": 1, "activation_function": None},
-    ),
-    "EsmForMaskedLM": HeadRule(
+    "ForSequenceClassification": ENCODER_HEADS["ForSequenceClassification"],
+    "ForTokenClassification": ENCODER_HEADS["ForTokenClassification"],
+    "ForMaskedLM": HeadRule(
         head_type="masked_lm",
         weights={
             "lm_head.dense": "layers.0.dense",
@@ -89,7 +63,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """The head classes that transformers has for ESM, but for the one that folds proteins."""
-    return [
-        HeadConversion(architecture=ESM.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(ESM, "Esm", _HEADS)

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
+from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, ResidualSite, hookimpl
+from flexheads.layouts import DECODER_HEADS, GATED_LAYERS, TINY, conversions
 
 # The first layer's input: whether the embeddings are scaled inside their module or behind it
 # depends on the release of transformers.
 _EMBEDDINGS = "layers.0"
 
-_LAYERS = LayerSpec(
-    path="layers",
-    attention=ResidualSite(output="self_attn.o_proj", residual="input_layernorm"),
-    feed_forward=ResidualSite(output="mlp", residual="post_attention_layernorm"),
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.o_proj",
-    mlp_in="mlp.up_proj",
-    mlp_out="mlp.down_proj",
-    self_attention="self_attn",
-    norms=("input_layernorm", "post_attention_layernorm"),
-    adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},
-)
-
 # Each sub-layer stands between two norms; its result is what comes out of the second.
-_SANDWICH = dataclasses.replace(
-    _LAYERS,
+_SANDWICH = replace(
+    GATED_LAYERS,
     attention=ResidualSite(output="post_attention_layernorm", residual="input_layernorm"),
     feed_forward=ResidualSite(
         output="post_feedforward_layernorm", residual="pre_feedforward_layernorm"
@@ -48,17 +27,7 @@ _SANDWICH = dataclasses.replace(
     ),
 )
 
-_TINY = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+_TINY = {**TINY, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 _SLIDING = {
     **_TINY,
     "query_pre_attn_scalar": 8,
@@ -72,14 +41,14 @@ GEMMA = ArchitectureSpec(
     backbone="transformers.models.gemma.modeling_gemma:GemmaModel",
     embeddings=_EMBEDDINGS,
     embeddings_from="input",
-    layers=(_LAYERS,),
+    layers=(GATED_LAYERS,),
     norms=("norm",),
     pooling="last_token",
     # With tied embeddings so scaled, random weights write one token again and again.
     shares_layers=True,
     tiny={**_TINY, "tie_word_embeddings": False},
 )
-GEMMA2 = dataclasses.replace(
+GEMMA2 = replace(
     GEMMA,
     name="gemma2",
     model_types=("gemma2",),
@@ -87,7 +56,7 @@ GEMMA2 = dataclasses.replace(
     layers=(_SANDWICH,),
     tiny=_SLIDING,
 )
-GEMMA3 = dataclasses.replace(
+GEMMA3 = replace(
     GEMMA2,
     name="gemma3_text",
     model_types=("gemma3_text",),
@@ -95,41 +64,11 @@ GEMMA3 = dataclasses.replace(
     prefixes=("model",),
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
-_CLASSIFICATION = HeadRule(
-    head_type="classification",
-    weights={"score": "layers.0"},
-    config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-)
-_TAGGING = HeadRule(
-    head_type="tagging",
-    weights={"score": "layers.0"},
-    config={**_ONE_LAYER, "dropout_prob": 0.1},
-)
-_LM = HeadRule(
-    head_type="causal_lm",
-    weights={"lm_head.weight": "weight"},
-    config={**_ONE_LAYER, "layer_norm": False, "bias": False},
-)
-_CAPPED_LM = dataclasses.replace(_LM, config_from={"softcap": "final_logit_softcapping"})
-
-# The classes of Gemma 3 that read images beside text are left out.
-_HEADS = {
-    GEMMA.name: {
-        "GemmaForSequenceClassification": _CLASSIFICATION,
-        "GemmaForTokenClassification": _TAGGING,
-        "GemmaForCausalLM": _LM,
-    },
-    GEMMA2.name: {
-        "Gemma2ForSequenceClassification": _CLASSIFICATION,
-        "Gemma2ForTokenClassification": _TAGGING,
-        "Gemma2ForCausalLM": _CAPPED_LM,
-    },
-    GEMMA3.name: {
-        "Gemma3TextForSequenceClassification": _CLASSIFICATION,
-        "Gemma3ForCausalLM": _CAPPED_LM,
-    },
+_LM = DECODER_HEADS["ForCausalLM"]
+_CAPPED_LM = replace(_LM, config_from={"softcap": "final_logit_softcapping"})
+_CLASSES = {
+    "ForSequenceClassification": DECODER_HEADS["ForSequenceClassification"],
+    "ForTokenClassification": DECODER_HEADS["ForTokenClassification"],
 }
 
 
@@ -142,8 +81,16 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for them."""
+    # The classes of Gemma 3 that read images beside text are left out.
     return [
-        HeadConversion(architecture=architecture, static_class=name, heads=(rule,))
-        for architecture, rules in _HEADS.items()
-        for name, rule in rules.items()
+        *conversions(GEMMA, "Gemma", {**_CLASSES, "ForCausalLM": _LM}),
+        *conversions(GEMMA2, "Gemma2", {**_CLASSES, "ForCausalLM": _CAPPED_LM}),
+        *conversions(
+            GEMMA3,
+            "Gemma3",
+            {
+                "TextForSequenceClassification": _CLASSES["ForSequenceClassification"],
+                "ForCausalLM": _CAPPED_LM,
+            },
+        ),
     ]

@@ -13,6 +13,7 @@ from flexheads import (
     ResidualSite,
     hookimpl,
 )
+from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions
 
 _HEADS_IN_TURN = "num_attention_heads"
 
@@ -50,43 +51,24 @@ GPT_NEOX = ArchitectureSpec(
     norms=("final_layer_norm",),
     pooling="last_token",
     shares_layers=True,
-    tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-    },
+    tiny={**TINY, "pad_token_id": 0},
 )
 
 # Later releases of transformers 5 have another name for the output matrix.
 _LM_NAMES = ("embed_out.weight", "lm_head.weight")
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
 _HEADS = {
-    "GPTNeoXForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-    ),
-    "GPTNeoXForTokenClassification": HeadRule(
+    "ForSequenceClassification": DECODER_HEADS["ForSequenceClassification"],
+    "ForTokenClassification": HeadRule(
         head_type="tagging",
         weights={"classifier": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.1},
+        config={**ONE_LAYER, "dropout_prob": 0.1},
     ),
-    "GPTNeoXForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "GPTNeoXForCausalLM": HeadRule(
+    "ForQuestionAnswering": DECODER_HEADS["ForQuestionAnswering"],
+    "ForCausalLM": HeadRule(
         head_type="causal_lm",
         weights=dict.fromkeys(_LM_NAMES, "weight"),
-        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
+        config={**ONE_LAYER, "layer_norm": False, "bias": False},
     ),
 }
 
@@ -100,7 +82,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for GPT-NeoX."""
-    return [
-        HeadConversion(architecture=GPT_NEOX.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(GPT_NEOX, "GPTNeoX", _HEADS)

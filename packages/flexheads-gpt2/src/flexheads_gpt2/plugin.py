@@ -13,6 +13,7 @@ from flexheads import (
     ResidualSite,
     hookimpl,
 )
+from flexheads.layouts import DECODER_HEADS, ENCODER_HEADS, conversions
 
 GPT2 = ArchitectureSpec(
     name="gpt2",
@@ -56,33 +57,16 @@ GPT2 = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
 _HEADS = {
-    "GPT2ForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-    ),
-    "GPT2ForTokenClassification": HeadRule(
-        head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER
-    ),
-    "GPT2ForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "GPT2LMHeadModel": HeadRule(
-        head_type="causal_lm",
-        weights={"lm_head.weight": "weight"},
-        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
-    ),
+    "ForSequenceClassification": DECODER_HEADS["ForSequenceClassification"],
+    "ForTokenClassification": ENCODER_HEADS["ForTokenClassification"],
+    "ForQuestionAnswering": DECODER_HEADS["ForQuestionAnswering"],
+    "LMHeadModel": DECODER_HEADS["ForCausalLM"],
 }
 
 # Two heads: choices are read where ``mc_token_ids`` says, which should be each row's last token.
 _DOUBLE = (
-    _HEADS["GPT2LMHeadModel"],
+    _HEADS["LMHeadModel"],
     HeadRule(
         head_type="multiple_choice",
         weights={"multiple_choice_head.summary": "layers.0"},
@@ -107,8 +91,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for GPT-2."""
-    rules = {name: (rule,) for name, rule in _HEADS.items()}
-    return [
-        HeadConversion(architecture=GPT2.name, static_class=name, heads=heads)
-        for name, heads in {**rules, "GPT2DoubleHeadsModel": _DOUBLE}.items()
-    ]
+    return conversions(GPT2, "GPT2", {**_HEADS, "DoubleHeadsModel": _DOUBLE})

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import DECODER_HEADS, ONE_LAYER, conversions
 
 GPTJ = ArchitectureSpec(
     name="gptj",
@@ -51,24 +45,13 @@ GPTJ = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
 _HEADS = {
-    "GPTJForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-    ),
-    "GPTJForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "GPTJForCausalLM": HeadRule(
+    "ForSequenceClassification": DECODER_HEADS["ForSequenceClassification"],
+    "ForQuestionAnswering": DECODER_HEADS["ForQuestionAnswering"],
+    "ForCausalLM": HeadRule(
         head_type="causal_lm",
         weights={"lm_head.weight": "weight", "lm_head.bias": "bias"},
-        config={**_ONE_LAYER, "layer_norm": False, "bias": True},
+        config={**ONE_LAYER, "layer_norm": False, "bias": True},
     ),
 }
 
@@ -82,7 +65,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for GPT-J."""
-    return [
-        HeadConversion(architecture=GPTJ.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(GPTJ, "GPTJ", _HEADS)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
+from flexheads import ArchitectureSpec, HeadConversion, hookimpl
+from flexheads.layouts import DECODER_HEADS, GATED_LAYERS, TINY, conversions
+
+_LAYERS = replace(
+    GATED_LAYERS,
+    adapterhub={
+        **GATED_LAYERS.adapterhub,
+        # Files of that library call each by the other's name.
+        "mlp_in": "mlp.down_proj",
+        "mlp_out": "mlp.up_proj",
+    },
 )
 
 MISTRAL = ArchitectureSpec(
@@ -18,69 +23,12 @@ MISTRAL = ArchitectureSpec(
     model_types=("mistral",),
     backbone="transformers.models.mistral.modeling_mistral:MistralModel",
     embeddings="embed_tokens",
-    layers=(
-        LayerSpec(
-            path="layers",
-            attention=ResidualSite(output="self_attn.o_proj", residual="input_layernorm"),
-            feed_forward=ResidualSite(output="mlp", residual="post_attention_layernorm"),
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            value="self_attn.v_proj",
-            attention_output="self_attn.o_proj",
-            mlp_in="mlp.up_proj",
-            mlp_out="mlp.down_proj",
-            self_attention="self_attn",
-            norms=("input_layernorm", "post_attention_layernorm"),
-            adapterhub={
-                "attention": "attention_adapters",
-                "feed_forward": "output_adapters",
-                # Files of that library call each by the other's name.
-                "mlp_in": "mlp.down_proj",
-                "mlp_out": "mlp.up_proj",
-            },
-        ),
-    ),
+    layers=(_LAYERS,),
     norms=("norm",),
     pooling="last_token",
     shares_layers=True,
-    tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "sliding_window": 4,
-    },
+    tiny={**TINY, "num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 4},
 )
-
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
-_HEADS = {
-    "MistralForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-    ),
-    "MistralForTokenClassification": HeadRule(
-        head_type="tagging",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.1},
-    ),
-    "MistralForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "MistralForCausalLM": HeadRule(
-        head_type="causal_lm",
-        weights={"lm_head.weight": "weight"},
-        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
-    ),
-}
 
 
 @hookimpl
@@ -92,7 +40,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for Mistral."""
-    return [
-        HeadConversion(architecture=MISTRAL.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(MISTRAL, "Mistral", DECODER_HEADS)

@@ -14,6 +14,7 @@ from flexheads import (
     ResidualSite,
     hookimpl,
 )
+from flexheads.layouts import TINY, conversions
 
 MODERNBERT = ArchitectureSpec(
     name="modernbert",
@@ -47,12 +48,7 @@ MODERNBERT = ArchitectureSpec(
     prompts="tokens",
     shares_layers=True,
     tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
+        **TINY,
         "local_attention": 8,
         "global_attn_every_n_layers": 2,
         "pad_token_id": 0,
@@ -97,11 +93,11 @@ _MASKED_LM = HeadRule(
 )
 
 _HEADS = {
-    "ModernBertForMaskedLM": _MASKED_LM,
-    "ModernBertForSequenceClassification": _two_layers("classification", config_by=_POOLING),
-    "ModernBertForMultipleChoice": _two_layers("multiple_choice", config_by=_POOLING),
-    "ModernBertForTokenClassification": _two_layers("tagging"),
-    "ModernBertForQuestionAnswering": _two_layers("question_answering", output="start_logits"),
+    "ForMaskedLM": _MASKED_LM,
+    "ForSequenceClassification": _two_layers("classification", config_by=_POOLING),
+    "ForMultipleChoice": _two_layers("multiple_choice", config_by=_POOLING),
+    "ForTokenClassification": _two_layers("tagging"),
+    "ForQuestionAnswering": _two_layers("question_answering", output="start_logits"),
 }
 
 
@@ -114,7 +110,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for ModernBERT."""
-    return [
-        HeadConversion(architecture=MODERNBERT.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(MODERNBERT, "ModernBert", _HEADS)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, hookimpl
+from flexheads.layouts import DECODER_HEADS, ENCODER_LAYERS, conversions
 
 OPT = ArchitectureSpec(
     name="opt",
@@ -20,26 +15,17 @@ OPT = ArchitectureSpec(
     embeddings="decoder.embed_tokens",
     entry="decoder",
     layers=(
-        LayerSpec(
+        replace(
+            ENCODER_LAYERS,
             path="decoder.layers",
-            attention=ResidualSite(output="self_attn.out_proj", residual="self_attn_layer_norm"),
-            feed_forward=ResidualSite(output="fc2", residual="final_layer_norm"),
-            query="self_attn.q_proj",
-            key="self_attn.k_proj",
-            value="self_attn.v_proj",
-            attention_output="self_attn.out_proj",
-            mlp_in="fc1",
-            mlp_out="fc2",
-            self_attention="self_attn",
-            norms=("self_attn_layer_norm", "final_layer_norm"),
+            side=None,
             folded=True,  # the feed-forward network
-            adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},
         ),
     ),
     norms=("decoder.final_layer_norm",),
     pooling="last_token",
-    # The one with 350 million parameters normalises behind each sub-layer, and has no last norm.
     shares_layers=True,
+    # The one with 350 million parameters normalises behind each sub-layer, and has no last norm.
     requires={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
     tiny={
         "hidden_size": 32,
@@ -55,26 +41,7 @@ OPT = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
-_HEADS = {
-    "OPTForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"score": "layers.0"},
-        config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
-    ),
-    "OPTForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "OPTForCausalLM": HeadRule(
-        head_type="causal_lm",
-        weights={"lm_head.weight": "weight"},
-        config={**_ONE_LAYER, "layer_norm": False, "bias": False},
-    ),
-}
+_HEADS = {name: rule for name, rule in DECODER_HEADS.items() if name != "ForTokenClassification"}
 
 
 @hookimpl
@@ -86,7 +53,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for OPT."""
-    return [
-        HeadConversion(architecture=OPT.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(OPT, "OPT", _HEADS)

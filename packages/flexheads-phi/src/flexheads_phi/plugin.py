@@ -13,6 +13,7 @@ from flexheads import (
     ResidualSite,
     hookimpl,
 )
+from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions
 
 PHI = ArchitectureSpec(
     name="phi",
@@ -41,17 +42,7 @@ PHI = ArchitectureSpec(
     norms=("final_layernorm",),
     pooling="last_token",
     shares_layers=True,
-    tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "initializer_range": 0.2,
-    },
+    tiny={**TINY, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2},
 )
 
 _QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
@@ -89,13 +80,8 @@ PHI3 = ArchitectureSpec(
     pooling="last_token",
     shares_layers=True,
     tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **TINY,
         "num_key_value_heads": 2,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -103,39 +89,13 @@ PHI3 = ArchitectureSpec(
     },
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
-_CLASSIFICATION = HeadRule(
-    head_type="classification",
-    weights={"score": "layers.0"},
-    config={**_ONE_LAYER, "bias": False, "dropout_prob": 0.0},
+# No class of Phi answers questions.
+_HEADS = {name: rule for name, rule in DECODER_HEADS.items() if name != "ForQuestionAnswering"}
+_WITH_BIAS = HeadRule(
+    head_type="causal_lm",
+    weights={"lm_head.weight": "weight", "lm_head.bias": "bias"},
+    config={**ONE_LAYER, "layer_norm": False, "bias": True},
 )
-_TAGGING = HeadRule(
-    head_type="tagging",
-    weights={"score": "layers.0"},
-    config={**_ONE_LAYER, "dropout_prob": 0.1},
-)
-
-_HEADS = {
-    PHI.name: {
-        "PhiForSequenceClassification": _CLASSIFICATION,
-        "PhiForTokenClassification": _TAGGING,
-        "PhiForCausalLM": HeadRule(
-            head_type="causal_lm",
-            weights={"lm_head.weight": "weight", "lm_head.bias": "bias"},
-            config={**_ONE_LAYER, "layer_norm": False, "bias": True},
-        ),
-    },
-    PHI3.name: {
-        "Phi3ForSequenceClassification": _CLASSIFICATION,
-        "Phi3ForTokenClassification": _TAGGING,
-        "Phi3ForCausalLM": HeadRule(
-            head_type="causal_lm",
-            weights={"lm_head.weight": "weight"},
-            config={**_ONE_LAYER, "layer_norm": False, "bias": False},
-        ),
-    },
-}
 
 
 @hookimpl
@@ -148,7 +108,6 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for them."""
     return [
-        HeadConversion(architecture=architecture, static_class=name, heads=(rule,))
-        for architecture, rules in _HEADS.items()
-        for name, rule in rules.items()
+        *conversions(PHI, "Phi", {**_HEADS, "ForCausalLM": _WITH_BIAS}),
+        *conversions(PHI3, "Phi3", _HEADS),
     ]

@@ -5,55 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
-
-LAYERS = LayerSpec(
-    path="encoder.layer",
-    attention=ResidualSite(
-        output="attention.output.dropout",
-        residual="attention",
-        norm="attention.output.LayerNorm",
-    ),
-    feed_forward=ResidualSite(
-        output="output.dropout", residual="intermediate", norm="output.LayerNorm"
-    ),
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_output="attention.output.dense",
-    mlp_in="intermediate.dense",
-    mlp_out="output.dense",
-    self_attention="attention.self",
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    adapterhub={"attention": "attention.output", "feed_forward": "output"},
-)
+from flexheads import ArchitectureSpec, HeadConversion, ResidualSite, hookimpl
+from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, TINY, conversions
 
 ROBERTA = ArchitectureSpec(
     name="roberta",
     model_types=("roberta",),
     backbone="transformers.models.roberta.modeling_roberta:RobertaModel",
     embeddings="embeddings",
-    layers=(LAYERS,),
+    layers=(NORM_LAST_LAYERS,),
     norms=("embeddings.LayerNorm",),
     pooling="first_token",
     pooler=True,
     shares_layers=True,
-    tiny={
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "vocab_size": 99,
-        "max_position_embeddings": 64,
-        "pad_token_id": 1,
-    },
+    tiny={**TINY, "pad_token_id": 1},
 )
 
 XLM_ROBERTA = replace(
@@ -78,7 +43,7 @@ XLM_ROBERTA_XL = replace(
     backbone="transformers.models.xlm_roberta_xl.modeling_xlm_roberta_xl:XLMRobertaXLModel",
     layers=(
         replace(
-            LAYERS,
+            NORM_LAST_LAYERS,
             attention=ResidualSite(
                 output="attention.output.dropout", residual="attention.self_attn_layer_norm"
             ),
@@ -97,47 +62,6 @@ _FAMILY = (
     (XLM_ROBERTA_XL, "XLMRobertaXL"),
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
-
-def _lm(head_type: str) -> HeadRule:
-    return HeadRule(
-        head_type=head_type,
-        weights={
-            "lm_head.dense": "layers.0.dense",
-            "lm_head.layer_norm": "layers.0.norm",
-            "lm_head.decoder.weight": "weight",
-            "lm_head.decoder.bias": "bias",
-        },
-        config={"layers": 2, "activation_function": "gelu", "layer_norm": True, "bias": True},
-        aliases={"lm_head.bias": "lm_head.decoder.bias"},
-    )
-
-
-_HEADS = {
-    "ForSequenceClassification": HeadRule(
-        head_type="classification",
-        weights={"classifier.dense": "layers.0", "classifier.out_proj": "layers.1"},
-        config={"layers": 2, "activation_function": "tanh", "use_pooler": False},
-    ),
-    "ForMultipleChoice": HeadRule(
-        head_type="multiple_choice",
-        weights={"classifier": "layers.0"},
-        config={**_ONE_LAYER, "use_pooler": True},
-    ),
-    "ForTokenClassification": HeadRule(
-        head_type="tagging", weights={"classifier": "layers.0"}, config=_ONE_LAYER
-    ),
-    "ForQuestionAnswering": HeadRule(
-        head_type="question_answering",
-        weights={"qa_outputs": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
-        output="start_logits",
-    ),
-    "ForMaskedLM": _lm("masked_lm"),
-    "ForCausalLM": _lm("causal_lm"),
-}
-
 
 @hookimpl
 def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
@@ -149,7 +73,7 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for them."""
     return [
-        HeadConversion(architecture=spec.name, static_class=word + name, heads=(rule,))
-        for spec, word in _FAMILY
-        for name, rule in _HEADS.items()
+        conversion
+        for spec, words in _FAMILY
+        for conversion in conversions(spec, words, ENCODER_HEADS)
     ]

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 SWIN = ArchitectureSpec(
     name="swin",
@@ -52,17 +46,16 @@ SWIN = ArchitectureSpec(
 )
 
 _HEADS = {
-    "SwinForImageClassification": HeadRule(
+    "ForImageClassification": HeadRule(
         head_type="image_classification",
         weights={"classifier": "layers.0"},
         config={
-            "layers": 1,
-            "activation_function": None,
+            **ONE_LAYER,
             "use_pooler": True,
             "dropout_prob": 0.0,
         },
     ),
-    "SwinForMaskedImageModeling": HeadRule(
+    "ForMaskedImageModeling": HeadRule(
         head_type="masked_image_modeling",
         weights={"decoder.0": "decoder"},
         config_from={"stride": "encoder_stride", "num_channels": "num_channels"},
@@ -80,7 +73,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Image classification, and masked images."""
-    return [
-        HeadConversion(architecture=SWIN.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(SWIN, "Swin", _HEADS)

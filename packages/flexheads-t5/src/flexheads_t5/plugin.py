@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 _SELF_ATTENTION = ResidualSite(output="layer.0.dropout", residual="layer.0.layer_norm")
 
@@ -94,7 +88,7 @@ _HEADS = {
     "ForConditionalGeneration": HeadRule(
         head_type="seq2seq_lm",
         weights={"lm_head.weight": "weight"},
-        config={"layers": 1, "activation_function": None, "layer_norm": False, "bias": False},
+        config={**ONE_LAYER, "layer_norm": False, "bias": False},
     ),
     "ForSequenceClassification": HeadRule(
         head_type="classification",
@@ -107,13 +101,13 @@ _HEADS = {
     "ForQuestionAnswering": HeadRule(
         head_type="question_answering",
         weights={"qa_outputs": "layers.0"},
-        config={"layers": 1, "activation_function": None, "scaled": False, "dropout_prob": 0.0},
+        config={**ONE_LAYER, "scaled": False, "dropout_prob": 0.0},
         output="start_logits",
     ),
     "ForTokenClassification": HeadRule(
         head_type="tagging",
         weights={"classifier": "layers.0"},
-        config={"layers": 1, "activation_function": None, "side": "encoder"},
+        config={**ONE_LAYER, "side": "encoder"},
         config_from={"dropout_prob": "classifier_dropout"},
     ),
 }
@@ -128,10 +122,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Every head class that transformers has for them."""
-    return [
-        HeadConversion(
-            architecture=spec.name, static_class=spec.name.upper() + ending, heads=(rule,)
-        )
-        for spec in (T5, MT5)
-        for ending, rule in _HEADS.items()
-    ]
+    return [*conversions(T5, "T5", _HEADS), *conversions(MT5, "MT5", _HEADS)]

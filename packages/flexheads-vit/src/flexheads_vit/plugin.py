@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 VIT = ArchitectureSpec(
     name="vit",
@@ -55,12 +49,12 @@ VIT = ArchitectureSpec(
 )
 
 _HEADS = {
-    "ViTForImageClassification": HeadRule(
+    "ForImageClassification": HeadRule(
         head_type="image_classification",
         weights={"classifier": "layers.0"},
-        config={"layers": 1, "activation_function": None, "dropout_prob": 0.0},
+        config={**ONE_LAYER, "dropout_prob": 0.0},
     ),
-    "ViTForMaskedImageModeling": HeadRule(
+    "ForMaskedImageModeling": HeadRule(
         head_type="masked_image_modeling",
         weights={"decoder.0": "decoder"},
         config_from={"stride": "encoder_stride", "num_channels": "num_channels"},
@@ -78,7 +72,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Image classification, and masked images."""
-    return [
-        HeadConversion(architecture=VIT.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(VIT, "ViT", _HEADS)

@@ -6,14 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import ONE_LAYER, conversions
 
 # In small models the norms come last, in large ones first: there they are called stable.
 NORMS_LAST = LayerSpec(
@@ -96,14 +90,12 @@ WAVLM = replace(
     shares_layers=False,  # they hand on a bias with the rows and heads in one dimension
 )
 
-_ONE_LAYER = {"layers": 1, "activation_function": None}
-
 # Left out: pre-training, whose targets a quantiser of the class makes. Adapters work on it.
 _HEADS = {
     "ForCTC": HeadRule(
         head_type="ctc",
         weights={"lm_head": "layers.0"},
-        config=_ONE_LAYER,
+        config=ONE_LAYER,
         config_from={
             "vocab_size": "vocab_size",
             "blank": "pad_token_id",
@@ -122,7 +114,7 @@ _HEADS = {
     "ForAudioFrameClassification": HeadRule(
         head_type="audio_frame_classification",
         weights={"classifier": "layers.0"},
-        config={**_ONE_LAYER, "dropout_prob": 0.0},
+        config={**ONE_LAYER, "dropout_prob": 0.0},
         mixed_by="layer_weights",
     ),
     "ForXVector": HeadRule(
@@ -143,7 +135,7 @@ _HEADS = {
         mixed_by="layer_weights",
     ),
 }
-_OF_HUBERT = ("ForCTC", "ForSequenceClassification")
+_OF_HUBERT = {name: _HEADS[name] for name in ("ForCTC", "ForSequenceClassification")}
 
 
 @hookimpl
@@ -155,15 +147,8 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """Text, classes of sounds and of frames, and voices."""
-    named = (
-        (WAV2VEC2, "Wav2Vec2", _HEADS),
-        (HUBERT, "Hubert", _OF_HUBERT),
-        (WAVLM, "WavLM", _HEADS),
-    )
     return [
-        HeadConversion(
-            architecture=spec.name, static_class=prefix + ending, heads=(_HEADS[ending],)
-        )
-        for spec, prefix, endings in named
-        for ending in endings
+        *conversions(WAV2VEC2, "Wav2Vec2", _HEADS),
+        *conversions(HUBERT, "Hubert", _OF_HUBERT),
+        *conversions(WAVLM, "WavLM", _HEADS),
     ]

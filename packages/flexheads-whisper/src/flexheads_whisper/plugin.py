@@ -3,50 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-from flexheads import (
-    ArchitectureSpec,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
-
-_ADAPTERHUB = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
-
-ENCODER = LayerSpec(
-    path="encoder.layers",
-    side="encoder",
-    attention=ResidualSite(output="self_attn.out_proj", residual="self_attn_layer_norm"),
-    feed_forward=ResidualSite(output="fc2", residual="final_layer_norm"),
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.out_proj",
-    mlp_in="fc1",
-    mlp_out="fc2",
-    self_attention="self_attn",
-    norms=("self_attn_layer_norm", "final_layer_norm"),
-    adapterhub=_ADAPTERHUB,
-)
-
-DECODER = replace(
-    ENCODER,
-    path="decoder.layers",
-    side="decoder",
-    cross_attention=ResidualSite(
-        output="encoder_attn.out_proj", residual="encoder_attn_layer_norm"
-    ),
-    cross_query="encoder_attn.q_proj",
-    cross_key="encoder_attn.k_proj",
-    cross_value="encoder_attn.v_proj",
-    cross_attention_output="encoder_attn.out_proj",
-    encoder_attention="encoder_attn",
-    norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-    adapterhub={**_ADAPTERHUB, "cross_attention": "cross_attention_adapters"},
-)
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, hookimpl
+from flexheads.layouts import DECODER_LAYERS, ENCODER_LAYERS, ONE_LAYER, conversions
 
 WHISPER = ArchitectureSpec(
     name="whisper",
@@ -57,7 +16,7 @@ WHISPER = ArchitectureSpec(
     embeddings_from="input",
     # The adapters library has invertible adapters where the encoder ends.
     late_embeddings="encoder.layer_norm",
-    layers=(ENCODER, DECODER),
+    layers=(ENCODER_LAYERS, DECODER_LAYERS),
     norms=("encoder.layer_norm", "decoder.layer_norm"),
     inputs="features",
     pooling="last_token",
@@ -88,12 +47,12 @@ WHISPER = ArchitectureSpec(
 
 # Left out: the decoder alone (`ForCausalLM`), which has no encoder of its own. Adapters work on it.
 _HEADS = {
-    "WhisperForConditionalGeneration": HeadRule(
+    "ForConditionalGeneration": HeadRule(
         head_type="seq2seq_lm",
         weights={"proj_out.weight": "weight"},
-        config={"layers": 1, "activation_function": None, "layer_norm": False, "bias": False},
+        config={**ONE_LAYER, "layer_norm": False, "bias": False},
     ),
-    "WhisperForAudioClassification": HeadRule(
+    "ForAudioClassification": HeadRule(
         head_type="audio_classification",
         weights={"projector": "layers.0", "classifier": "layers.1"},
         config={
@@ -117,7 +76,4 @@ def flexheads_register_architectures() -> Iterable[ArchitectureSpec]:
 @hookimpl
 def flexheads_register_conversions() -> Iterable[HeadConversion]:
     """The class that writes what it hears, and the one that says what it is."""
-    return [
-        HeadConversion(architecture=WHISPER.name, static_class=name, heads=(rule,))
-        for name, rule in _HEADS.items()
-    ]
+    return conversions(WHISPER, "Whisper", _HEADS)
