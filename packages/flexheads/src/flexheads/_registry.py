@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,7 +92,11 @@ class Registry:
 
     def architecture_for(self, model_type: str, provider: str | None = None) -> ArchitectureSpec:
         """Return the architecture that answers to a configuration's ``model_type``."""
-        hint = f"{_way_to_architecture(model_type)} `{PROJECT} plugins` lists what is installed."
+
+        def hint() -> str:
+            way = _way_to_architecture(model_type)
+            return f"{way} `{PROJECT} plugins` lists what is installed."
+
         return self._find(ArchitectureSpec, "model type", model_type, provider, hint)
 
     def with_heads(self, class_name: str, provider: str | None = None) -> ArchitectureSpec:
@@ -135,11 +139,17 @@ class Registry:
         return self.claims[label, spec.name][0]
 
     def _find(
-        self, kind: type[SpecT], label: str, name: str, provider: str | None = None, hint: str = ""
+        self,
+        kind: type[SpecT],
+        label: str,
+        name: str,
+        provider: str | None = None,
+        way_out: Callable[[], str] = str,
     ) -> SpecT:
         _, spec = self.claims.get((label, name), (None, None))
         if isinstance(spec, kind):
             return spec
+        hint = way_out()
         known = (taken for what, taken in self.claims if what == label)
         if provider and _DISTRIBUTION.fullmatch(provider):  # a file's word: no shell, no address
             hint += f" The file was written by {provider}: pip install --upgrade {provider}."

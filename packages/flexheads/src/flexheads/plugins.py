@@ -136,18 +136,33 @@ def _load(environ: Mapping[str, str], builtins: Iterable[str]) -> Registry:
     return Registry(**tables, claims=MappingProxyType(claims), skipped=tuple(skipped))
 
 
+Versions = Callable[[str], str | None]
+"""What tells the version of a distribution that is installed."""
+
+
+def _version(distribution: str) -> str | None:
+    return next((d.version for d in importlib.metadata.distributions(name=distribution)), None)
+
+
 def _installed() -> list[tuple[Provider, Callable[[], list[Spec]]]]:
     found = []
+    version = functools.cache(_version)
     for point in importlib.metadata.entry_points(group=CORE):
         if dist := point.dist:  # importlib.metadata sets it on every installed entry point
-            provider = Provider(point.name, dist.name, dist.version, point.value.split(":")[0])
-            found.append((provider, functools.partial(_read, point.load, dist.requires or ())))
+            told = dist.metadata  # which is parsed whenever it is asked for
+            module = point.value.split(":")[0]
+            provider = Provider(point.name, told["Name"], told["Version"], module)
+            found.append((provider, functools.partial(_read, point.load, dist, version)))
     return sorted(found, key=lambda candidate: str(candidate[0]))
 
 
-def _read(load: Callable[[], object], requires: Iterable[str] = ()) -> list[Spec]:
+def _read(
+    load: Callable[[], object],
+    dist: importlib.metadata.Distribution | None = None,
+    version: Versions = _version,
+) -> list[Spec]:
     """Check, import and ask one plugin: all that it registers, or an error."""
-    if unmet := list(_unmet(requires)):
+    if unmet := [] if dist is None else list(_unmet(dist.requires or (), version)):
         raise PluginError("; ".join(unmet))
     found = list(_ask(load()))
     if faults := _faults(found):
@@ -155,7 +170,7 @@ def _read(load: Callable[[], object], requires: Iterable[str] = ()) -> list[Spec
     return found
 
 
-def _unmet(requires: Iterable[str]) -> Iterator[str]:
+def _unmet(requires: Iterable[str], version: Versions) -> Iterator[str]:
     """Yield the requirements on the core and on transformers that are not met.
 
     A core without metadata (used straight from its sources) has no version to hold against.
@@ -165,10 +180,10 @@ def _unmet(requires: Iterable[str]) -> Iterator[str]:
         marker = requirement.marker
         if name not in (CORE, "transformers") or (marker and not marker.evaluate({"extra": ""})):
             continue
-        version = _version(name)
-        met = requirement.specifier.contains(version, prereleases=True) if version else name == CORE
+        found = version(name)
+        met = requirement.specifier.contains(found, prereleases=True) if found else name == CORE
         if not met:
-            yield f"it requires {name}{requirement.specifier}; installed is {version or 'none'}"
+            yield f"it requires {name}{requirement.specifier}; installed is {found or 'none'}"
 
 
 def _ask(plugin: object) -> Iterator[Spec]:
@@ -271,7 +286,3 @@ def _reason(error: BaseException) -> str:
     ours = isinstance(error, (PluginError, UnknownNameError))
     text = " ".join(str(error).split()).rstrip(".")
     return text if ours else f"{type(error).__name__}: {text}"
-
-
-def _version(distribution: str) -> str | None:
-    return next((d.version for d in importlib.metadata.distributions(name=distribution)), None)

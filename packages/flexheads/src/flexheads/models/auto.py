@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
+from flexheads.models.saving.whole import hub_arguments
 from flexheads.models.static import init, load_static
 from flexheads.models.with_heads import ModelWithHeads, with_heads_class
 from flexheads.plugins import registry
@@ -27,18 +29,11 @@ class AutoModelWithHeads:
             UnknownNameError: If no installed package knows the architecture.
         """
         config = kwargs.get("config")
-        if not isinstance(config, PretrainedConfig):
-            hub = (
-                "cache_dir",
-                "force_download",
-                "local_files_only",
-                "revision",
-                "token",
-                "subfolder",
-            )
-            own = {key: value for key, value in kwargs.items() if key in hub}
-            config = AutoConfig.from_pretrained(path, **own)
-        model: ModelWithHeads = cls._class_for(config).from_pretrained(path, *args, **kwargs)
+        if isinstance(config, PretrainedConfig):
+            model_type = config.model_type
+        else:
+            model_type = _model_type(path, hub_arguments(kwargs))
+        model: ModelWithHeads = cls._class_for(model_type).from_pretrained(path, *args, **kwargs)
         return model
 
     @classmethod
@@ -48,11 +43,20 @@ class AutoModelWithHeads:
         Raises:
             UnknownNameError: If no installed package knows the architecture.
         """
-        return cls._class_for(config)(config)
+        return cls._class_for(config.model_type)(config)
 
     @staticmethod
-    def _class_for(config: PretrainedConfig) -> type[ModelWithHeads]:
-        return with_heads_class(registry().architecture_for(config.model_type).with_heads)
+    def _class_for(model_type: str) -> type[ModelWithHeads]:
+        return with_heads_class(registry().architecture_for(model_type).with_heads)
+
+
+def _model_type(path: str, hub: Mapping[str, Any]) -> str:
+    """The type of a saved model; where its file does not tell, what transformers makes of it."""
+    told, _ = PretrainedConfig.get_config_dict(path, **hub)
+    model_type = told.get("model_type")
+    if ("model type", model_type) in registry().claims:
+        return str(model_type)
+    return str(AutoConfig.from_pretrained(path, **hub).model_type)
 
 
 class _StaticAuto:
