@@ -17,16 +17,8 @@ from flexheads import AutoModelWithHeads, BertModelWithHeads
 from flexheads.errors import CheckpointError, ConfigError, ConversionWarning
 from flexheads.testing import randomise, tiny_inputs, tiny_static
 
-AUTO = {
-    "BertForSequenceClassification": "AutoModelForSequenceClassification",
-    "BertForMultipleChoice": "AutoModelForMultipleChoice",
-    "BertForTokenClassification": "AutoModelForTokenClassification",
-    "BertForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "BertForMaskedLM": "AutoModelForMaskedLM",
-    "BertLMHeadModel": "AutoModelForCausalLM",
-    "BertForNextSentencePrediction": "AutoModelForNextSentencePrediction",
-    "BertForPreTraining": "AutoModelForPreTraining",
-}
+from .pages import AUTO
+
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "single label": ("BertForSequenceClassification", {"num_labels": 3}),

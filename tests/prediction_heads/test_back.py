@@ -14,16 +14,8 @@ from flexheads import BertModelWithHeads
 from flexheads.errors import CheckpointError, ConversionWarning
 from flexheads.testing import randomise
 
-AUTO = {
-    "BertForSequenceClassification": "AutoModelForSequenceClassification",
-    "BertForMultipleChoice": "AutoModelForMultipleChoice",
-    "BertForTokenClassification": "AutoModelForTokenClassification",
-    "BertForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "BertForMaskedLM": "AutoModelForMaskedLM",
-    "BertLMHeadModel": "AutoModelForCausalLM",
-    "BertForNextSentencePrediction": "AutoModelForNextSentencePrediction",
-    "BertForPreTraining": "AutoModelForPreTraining",
-}
+from .pages import AUTO
+
 POOLED: dict[str, Any] = {"layers": 1, "activation_function": None, "use_pooler": True}
 # The method that adds a head and its arguments, and the static class that it equals.
 EQUAL: dict[str, tuple[str, dict[str, Any], str]] = {

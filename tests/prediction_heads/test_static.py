@@ -18,16 +18,8 @@ import flexheads
 from flexheads.errors import CheckpointError, ConfigError, ConversionWarning, UnknownNameError
 from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_static
 
-AUTO = {
-    "BertForSequenceClassification": "AutoModelForSequenceClassification",
-    "BertForMultipleChoice": "AutoModelForMultipleChoice",
-    "BertForTokenClassification": "AutoModelForTokenClassification",
-    "BertForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "BertForMaskedLM": "AutoModelForMaskedLM",
-    "BertLMHeadModel": "AutoModelForCausalLM",
-    "BertForNextSentencePrediction": "AutoModelForNextSentencePrediction",
-    "BertForPreTraining": "AutoModelForPreTraining",
-}
+from .pages import AUTO
+
 LABELS = {0: "no", 1: "yes", 2: "maybe"}
 
 each_class = pytest.mark.parametrize("name", AUTO)

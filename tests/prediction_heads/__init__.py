@@ -1,0 +1,1 @@
+"""The pages on prediction heads, sentence by sentence."""
