@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import default_data_collator
 
 from flexheads.errors import ConfigError
 from flexheads.models.features.given import FEATURES, SETUP
@@ -109,7 +108,7 @@ class _Padding:
             items = [{**i, "attention_mask": _ones(i["input_ids"])} for i in items]
         long = [name for name, value in items[0].items() if _depth(value)]
         short = [{n: v for n, v in item.items() if n not in long} for item in items]
-        batch: dict[str, Any] = default_data_collator(short) if short[0] else {}
+        batch: dict[str, Any] = _with_default(short) if short[0] else {}
         for name in long:
             batch[name] = _padded([item[name] for item in items], self._with(name))
         return batch
@@ -128,6 +127,14 @@ def _depth(value: Any) -> int:
     if hasattr(value, "ndim"):
         return int(value.ndim)
     return 1 + _depth(value[0]) if isinstance(value, list | tuple) and len(value) else 0
+
+
+def _with_default(items: list[Any]) -> dict[str, Any]:
+    """What transformers' own collator makes of items."""
+    from transformers import default_data_collator  # it brings tokenizers, which take a while
+
+    batch: dict[str, Any] = default_data_collator(items)
+    return batch
 
 
 def _padded(values: list[Any], fill: int) -> Tensor:
