@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from flexheads import ArchitectureSpec, FusedBlock, HeadConversion, HeadRule, hookimpl
-from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, TINY, conversions
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, hookimpl
+from flexheads.layouts import ENCODER_HEADS, NORM_LAST_LAYERS, TINY, conversions, thirds
 
 _V2_LAYERS = replace(
     NORM_LAST_LAYERS,
@@ -52,10 +52,7 @@ DEBERTA = replace(
             query="attention.self.in_proj",
             key="attention.self.in_proj",
             value="attention.self.in_proj",
-            fused={
-                role: FusedBlock(index, 3, groups="num_attention_heads")
-                for index, role in enumerate(("query", "key", "value"))
-            },
+            fused=thirds(groups="num_attention_heads"),
             # Keys and values come out of one projection, head by head, and go into scores that no
             # function of transformers computes: a prefix has no way in.
             self_attention=None,

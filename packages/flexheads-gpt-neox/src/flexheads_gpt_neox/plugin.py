@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    FusedBlock,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
-from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions
-
-_HEADS_IN_TURN = "num_attention_heads"
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions, thirds
 
 GPT_NEOX = ArchitectureSpec(
     name="gpt_neox",
@@ -38,11 +28,7 @@ GPT_NEOX = ArchitectureSpec(
             attention_output="attention.dense",
             mlp_in="mlp.dense_h_to_4h",
             mlp_out="mlp.dense_4h_to_h",
-            fused={
-                "query": FusedBlock(0, 3, groups=_HEADS_IN_TURN),
-                "key": FusedBlock(1, 3, groups=_HEADS_IN_TURN),
-                "value": FusedBlock(2, 3, groups=_HEADS_IN_TURN),
-            },
+            fused=thirds(groups="num_attention_heads"),  # head by head
             self_attention="attention",
             norms=("input_layernorm", "post_attention_layernorm"),
             adapterhub={"attention": "attention_adapters", "feed_forward": "output_adapters"},

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flexheads import (
-    ArchitectureSpec,
-    FusedBlock,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
-from flexheads.layouts import DECODER_HEADS, ENCODER_HEADS, conversions
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import DECODER_HEADS, ENCODER_HEADS, conversions, thirds
 
 GPT2 = ArchitectureSpec(
     name="gpt2",
@@ -29,11 +21,7 @@ GPT2 = ArchitectureSpec(
             query="attn.c_attn",
             key="attn.c_attn",
             value="attn.c_attn",
-            fused={
-                "query": FusedBlock(0, 3),
-                "key": FusedBlock(1, 3),
-                "value": FusedBlock(2, 3),
-            },
+            fused=thirds(),
             attention_output="attn.c_proj",
             mlp_in="mlp.c_fc",
             mlp_out="mlp.c_proj",

@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from flexheads import (
-    ArchitectureSpec,
-    FusedBlock,
-    HeadConversion,
-    HeadRule,
-    LayerSpec,
-    ResidualSite,
-    hookimpl,
-)
-from flexheads.layouts import TINY, conversions
+from flexheads import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite, hookimpl
+from flexheads.layouts import TINY, conversions, thirds
 
 MODERNBERT = ArchitectureSpec(
     name="modernbert",
@@ -29,11 +21,7 @@ MODERNBERT = ArchitectureSpec(
             query="attn.Wqkv",
             key="attn.Wqkv",
             value="attn.Wqkv",
-            fused={
-                "query": FusedBlock(0, 3),
-                "key": FusedBlock(1, 3),
-                "value": FusedBlock(2, 3),
-            },
+            fused=thirds(),
             attention_output="attn.Wo",
             mlp_in="mlp.Wi",
             mlp_out="mlp.Wo",

@@ -13,7 +13,7 @@ from flexheads import (
     ResidualSite,
     hookimpl,
 )
-from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions
+from flexheads.layouts import DECODER_HEADS, ONE_LAYER, TINY, conversions, thirds
 
 PHI = ArchitectureSpec(
     name="phi",
@@ -66,9 +66,7 @@ PHI3 = ArchitectureSpec(
             mlp_in="mlp.gate_up_proj",
             mlp_out="mlp.down_proj",
             fused={
-                "query": FusedBlock(0, 3, shares=_QKV),
-                "key": FusedBlock(1, 3, shares=_QKV),
-                "value": FusedBlock(2, 3, shares=_QKV),
+                **thirds(shares=_QKV),
                 "mlp_in": FusedBlock(1, 2),  # behind the gate
             },
             self_attention="self_attn",

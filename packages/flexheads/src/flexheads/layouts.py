@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from flexheads.specs import ArchitectureSpec, HeadConversion, HeadRule, LayerSpec, ResidualSite
+from flexheads.specs import (
+    ArchitectureSpec,
+    FusedBlock,
+    HeadConversion,
+    HeadRule,
+    LayerSpec,
+    ResidualSite,
+)
 
 _BESIDE = {"attention": "attention_adapters", "feed_forward": "output_adapters"}
 
@@ -85,6 +92,16 @@ DECODER_LAYERS = replace(
     norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
     adapterhub={**_BESIDE, "cross_attention": "cross_attention_adapters"},
 )
+
+
+def thirds(**how: Any) -> dict[str, FusedBlock]:
+    """The blocks of one projection that gives queries, keys and values, in this order.
+
+    Args:
+        how: What else there is to say of each block, see `FusedBlock`.
+    """
+    return {role: FusedBlock(i, 3, **how) for i, role in enumerate(("query", "key", "value"))}
+
 
 #: The size of a tiny model, where the configuration has the usual names.
 TINY: Mapping[str, Any] = {
