@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 import flexheads
 from flexheads import Average, Fuse, Stack
 from flexheads.errors import CheckpointError, ConfigError, UnknownNameError
-from flexheads.testing import randomise, tiny_inputs, tiny_model
+from flexheads.testing import randomise, tiny_model, tiny_output
 
 
 class Words:
@@ -25,11 +24,6 @@ class Words:
 
     def get_vocab(self) -> dict[str, int]:
         return {word: number for number, word in enumerate(self.words)}
-
-
-@torch.no_grad()
-def run(model: Any, **call: Any) -> Any:
-    return model(**tiny_inputs(model.config), **call).to_tuple()[0]
 
 
 def test_summary_counts_every_adapter() -> None:
@@ -78,7 +72,7 @@ def test_a_setup_comes_back_from_one_directory(tmp_path: Path, head: str | None)
     model.save_adapter_setup(tmp_path / "s", setup, head_setup=head)
     other = tiny_model("bert")
     assert other.load_adapter_setup(tmp_path / "s", set_active=True) == (setup, head)
-    assert torch.equal(run(other), run(model))
+    assert torch.equal(tiny_output(other), tiny_output(model))
 
 
 def test_a_damaged_setup_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -117,10 +111,10 @@ def test_adapters_on_embeddings_follow_a_switch() -> None:
     model.add_adapter("t", config, set_active=True)
     randomise(model.adapters["t"])
     weight = model.get_input_embeddings().weight.detach().clone()
-    before = run(model)
+    before = tiny_output(model)
     model.add_embeddings("copy", Words(*map(str, range(99))))
     model.get_input_embeddings().weight.data.copy_(weight)
-    assert torch.equal(run(model), before)
+    assert torch.equal(tiny_output(model), before)
 
 
 def test_embeddings_files(tmp_path: Path) -> None:
@@ -129,7 +123,7 @@ def test_embeddings_files(tmp_path: Path) -> None:
     model.save_embeddings(tmp_path, "new")
     other = tiny_model("bert")
     assert other.load_embeddings(tmp_path, "mine") is None
-    assert torch.equal(run(other), run(model))
+    assert torch.equal(tiny_output(other), tiny_output(model))
     with pytest.raises(ConfigError, match="already"):
         other.load_embeddings(tmp_path, "mine")
     with pytest.raises(CheckpointError, match="width"):

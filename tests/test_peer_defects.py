@@ -16,14 +16,9 @@ import transformers
 
 import flexheads
 from flexheads import Fuse, Stack
-from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model
+from flexheads.testing import randomise, tiny_config, tiny_model, tiny_output
 
 SHARED = ("compacter[reduction_factor=4]", "vera")
-
-
-@torch.no_grad()
-def run(model: Any, **call: Any) -> Any:
-    return model(**tiny_inputs(model.config), **call).to_tuple()[0]
 
 
 def causal(architecture: str, adapter: str | None = None) -> Any:
@@ -85,8 +80,8 @@ def test_configurations_that_differ_in_one_field_stay_apart(tmp_path: Path) -> N
     for name in ("bn", "phm"):
         model.save_adapter(tmp_path / name, name)
         other.load_adapter(tmp_path / name)
-        expected = run(model, adapter_names=name)
-        assert torch.equal(run(other, adapter_names=name), expected)
+        expected = tiny_output(model, adapter_names=name)
+        assert torch.equal(tiny_output(other, adapter_names=name), expected)
 
 
 @pytest.mark.parametrize("config", SHARED)
@@ -99,7 +94,7 @@ def test_shared_parameters_are_saved_from_a_bare_backbone(config: str, tmp_path:
     torch.manual_seed(0)
     other = flexheads.init(transformers.BertModel(tiny_config("bert")).eval())
     other.load_adapter(tmp_path, set_active=True)
-    assert torch.equal(run(other), run(bare))
+    assert torch.equal(tiny_output(other), tiny_output(bare))
 
 
 @pytest.mark.parametrize("config", SHARED)
@@ -108,9 +103,9 @@ def test_shared_parameters_serve_an_adapter_that_a_call_names(config: str) -> No
     model.add_adapter("a", config)
     model.add_adapter("b", "seq_bn", set_active=True)
     randomise(model.adapters)
-    named = run(model, adapter_names="a")
+    named = tiny_output(model, adapter_names="a")
     model.set_active_adapters("a")
-    assert torch.equal(run(model), named)
+    assert torch.equal(tiny_output(model), named)
 
 
 @pytest.mark.parametrize(
@@ -122,29 +117,29 @@ def test_load_as_loads_every_tensor(config: str, tmp_path: Path) -> None:
     randomise(model.adapters["a"])
     model.save_adapter(tmp_path, "a")
     assert other.load_adapter(tmp_path, load_as="another", set_active=True) == "another"
-    assert torch.equal(run(other), run(model))
+    assert torch.equal(tiny_output(other), tiny_output(model))
 
 
 def test_saving_a_whole_model_leaves_prefixes_working(tmp_path: Path) -> None:
     model = tiny_model("bert")
     model.add_adapter("a", "prefix_tuning", set_active=True)
-    before = run(model)
+    before = tiny_output(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(run(model), before)
+    assert torch.equal(tiny_output(model), before)
     model.add_adapter("b", "prefix_tuning")
     model.delete_adapter("a")
-    assert torch.equal(run(type(model).from_pretrained(tmp_path)), before)
+    assert torch.equal(tiny_output(type(model).from_pretrained(tmp_path)), before)
 
 
 def test_a_deleted_adapter_does_not_stay_merged() -> None:
     model = tiny_model("bert")
-    before = run(model)
+    before = tiny_output(model)
     model.add_adapter("a", "ia3", set_active=True)
     randomise(model.adapters["a"])
     model.merge_adapter("a")
-    assert not torch.allclose(run(model), before, atol=1e-3)
+    assert not torch.allclose(tiny_output(model), before, atol=1e-3)
     model.delete_adapter("a")
-    assert torch.equal(run(model), before)
+    assert torch.equal(tiny_output(model), before)
     model.set_active_adapters(None)
 
 
@@ -165,7 +160,7 @@ def test_adapters_take_the_dtype_of_the_model(config: str) -> None:
     model = tiny_model("bert").to(torch.bfloat16)
     model.add_adapter("a", config, set_active=True)
     assert {p.dtype for p in model.adapters.parameters()} == {torch.bfloat16}
-    assert run(model).isfinite().all()
+    assert tiny_output(model).isfinite().all()
 
 
 def test_a_language_model_head_leaves_the_labels_of_the_configuration() -> None:

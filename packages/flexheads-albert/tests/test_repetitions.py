@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
+from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_output
 
 
 def one_layer():
@@ -28,7 +23,7 @@ def test_each_repetition_is_the_definition(config):
     model = one_layer()
     model.add_adapter("a", fields)
     randomise(model.adapters["a"])
-    got = run(model, adapter_names="a")
+    got = tiny_output(model, adapter_names="a")
     parts, scale = model.adapters["a"].state_dict(), 1.0
     if config == "mh_par":
         scale = model.adapters["a"].config.scaling
@@ -63,20 +58,20 @@ def test_each_repetition_is_the_definition(config):
     layer.ffn.register_forward_pre_hook(note("feed_forward.r"))
     layer.attention.LayerNorm.register_forward_pre_hook(at("attention"))
     layer.full_layer_layer_norm.register_forward_pre_hook(at("feed_forward"))
-    expected = run(model, adapter_names=[])
+    expected = tiny_output(model, adapter_names=[])
     assert calls == ["attention", "feed_forward"] * 3
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 def test_a_layer_that_is_skipped_is_skipped_in_every_repetition():
     model = tiny_model("albert")  # two layers, each of which runs twice
-    before = run(model)
+    before = tiny_output(model)
     model.add_adapter("a")
     randomise(model.adapters["a"])
     model.set_active_adapters("a", skip_layers=[0, 1])
-    assert torch.equal(run(model), before)
+    assert torch.equal(tiny_output(model), before)
     model.set_active_adapters("a", skip_layers=[1])
-    assert not torch.allclose(run(model), before, atol=1e-3)
+    assert not torch.allclose(tiny_output(model), before, atol=1e-3)
 
 
 def test_gating_scores_are_those_of_the_last_repetition():

@@ -8,14 +8,9 @@ import torch
 
 from flexheads import Parallel, Rows
 from flexheads.errors import CheckpointError
-from flexheads.testing import randomise, tiny_inputs, tiny_model
+from flexheads.testing import randomise, tiny_model, tiny_output
 
 LORA = {"attn_matrices": ["q", "k", "v"], "architecture": "lora"}
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
 
 
 def with_adapters(architecture, **configs):
@@ -47,48 +42,48 @@ def by_weights(architecture, adapter):
                 own.in_proj.weight.data[start : start + size] += delta[
                     head * size : (head + 1) * size
                 ]
-    return run(plain)
+    return tiny_output(plain)
 
 
 @pytest.mark.parametrize("architecture", ["deberta-v2", "deberta"])
 def test_lora_is_what_its_deltas_in_the_weights_are(architecture):
     model = with_adapters(architecture, a=LORA)
     expected = by_weights(architecture, model.adapters["a"])
-    torch.testing.assert_close(run(model, adapter_names="a"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiny_output(model, adapter_names="a"), expected, atol=1e-5, rtol=0)
     model.merge_adapter("a")
-    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tiny_output(model), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", [LORA, "ia3"])
 def test_rows_have_the_relative_positions_of_their_own_adapters(config):
     model = with_adapters("deberta-v2", a=config, b=config)
-    mixed = run(model, adapter_names=Rows(["b", None, "a"]))
+    mixed = tiny_output(model, adapter_names=Rows(["b", None, "a"]))
     for row, name in enumerate(["b", [], "a"]):
-        alone = run(model, adapter_names=name)[row]
+        alone = tiny_output(model, adapter_names=name)[row]
         torch.testing.assert_close(mixed[row], alone, atol=1e-5, rtol=0)
-    both = run(model, adapter_names=Parallel("a", "b"))
-    torch.testing.assert_close(both[3:], run(model, adapter_names="b"), atol=1e-5, rtol=0)
+    both = tiny_output(model, adapter_names=Parallel("a", "b"))
+    torch.testing.assert_close(both[3:], tiny_output(model, adapter_names="b"), atol=1e-5, rtol=0)
 
 
 def test_rows_with_prefixes_too():
     model = with_adapters("deberta-v2", a=LORA, b="prefix_tuning[prefix_length=3]", c=LORA)
-    mixed = run(model, adapter_names=Rows(["a", "b", "c"]))
+    mixed = tiny_output(model, adapter_names=Rows(["a", "b", "c"]))
     for row, (name, length) in enumerate(zip("abc", (7, 7, 5), strict=True)):
-        alone = run(model, adapter_names=name)[row]  # padding attends to everything alike
+        alone = tiny_output(model, adapter_names=name)[row]  # padding attends to everything alike
         torch.testing.assert_close(mixed[row, :length], alone[:length], atol=1e-5, rtol=0)
 
 
 def test_compiled_models_and_copies_give_the_same():
     model = with_adapters("deberta-v2", a=LORA, b=LORA, p="prefix_tuning[prefix_length=3]")
     rows = Rows([["a", "p"], "b", None])
-    expected = run(model, adapter_names=rows)
+    expected = tiny_output(model, adapter_names=rows)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(run(compiled, adapter_names=rows), expected)
+    torch.testing.assert_close(tiny_output(compiled, adapter_names=rows), expected)
     twin = copy.deepcopy(model)
-    torch.testing.assert_close(run(twin, adapter_names=rows), expected)
+    torch.testing.assert_close(tiny_output(twin, adapter_names=rows), expected)
     randomise(twin.adapters, seed=7)
-    torch.testing.assert_close(run(model, adapter_names=rows), expected)
-    assert not torch.allclose(run(twin, adapter_names=rows), expected, atol=1e-3)
+    torch.testing.assert_close(tiny_output(model, adapter_names=rows), expected)
+    assert not torch.allclose(tiny_output(twin, adapter_names=rows), expected, atol=1e-3)
 
 
 def test_a_prefix_has_no_relative_positions():
@@ -102,7 +97,7 @@ def test_a_prefix_has_no_relative_positions():
         return seen[-1]
 
     attention.disentangled_attention_bias = noting
-    run(model)
+    tiny_output(model)
     attention.disentangled_attention_bias = bias
     (given,) = seen
     assert given.shape[-1] == 7 + 3
@@ -121,9 +116,9 @@ def test_hooks_leave_nothing_behind():
 
 def test_bias_less_projections_stay_so():
     model = tiny_model("deberta")
-    before = run(model)
+    before = tiny_output(model)
     model.add_adapter("a", LORA)
-    assert torch.equal(run(model, adapter_names="a"), before)
+    assert torch.equal(tiny_output(model, adapter_names="a"), before)
     for layer in model.base_model.encoder.layer:
         assert layer.attention.self.in_proj.bias is None
 

@@ -5,14 +5,16 @@ import torch
 import transformers
 
 from flexheads import init
-from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import (
+    randomise,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+    tiny_output,
+    tiny_static,
+)
 
 NAMES = ("gemma", "gemma2", "gemma3_text")
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
 
 
 @pytest.mark.parametrize("architecture", NAMES)
@@ -20,7 +22,7 @@ def test_invertible_adapters_act_on_embeddings_that_are_scaled(architecture):
     model = tiny_model(architecture)
     model.add_adapter("a", "seq_bn_inv")  # of which the coupling alone is random
     coupling = randomise(model.adapters["a"].parts["embeddings"])
-    acting = run(model, adapter_names="a")
+    acting = tiny_output(model, adapter_names="a")
     seen = []
 
     def enter(module, args, kwargs):
@@ -28,7 +30,7 @@ def test_invertible_adapters_act_on_embeddings_that_are_scaled(architecture):
         return (coupling(args[0]), *args[1:]), kwargs
 
     model.model.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
-    torch.testing.assert_close(run(model), acting)
+    torch.testing.assert_close(tiny_output(model), acting)
     ids = tiny_inputs(model.config)["input_ids"]
     embedded = model.model.embed_tokens.weight[ids]
     torch.testing.assert_close(seen[0], embedded * model.config.hidden_size**0.5)

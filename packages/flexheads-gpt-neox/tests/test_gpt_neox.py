@@ -7,12 +7,7 @@ from safetensors.torch import load_file, save_file
 import flexheads
 from flexheads.conversion.rules import covers, flexible_tensors
 from flexheads.plugins import registry
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
+from flexheads.testing import randomise, tiny_model, tiny_output, tiny_static
 
 
 def seen(model, *paths):
@@ -27,7 +22,7 @@ def seen(model, *paths):
         return hook
 
     handles = [layer.get_submodule(p).register_forward_hook(note(p)) for p in paths]
-    run(model)
+    tiny_output(model)
     for handle in handles:
         handle.remove()
     return found
@@ -64,15 +59,15 @@ def test_low_rank_changes_go_into_the_rows_of_each_head(letter, block):
     before = host.weight.detach().clone()
     model.add_adapter("a", f"lora[attn_matrices=['{letter}'], leave_out=[1]]", set_active=True)
     (part,) = randomise(model.adapters["a"]).parts.values()
-    acting = run(model)
+    acting = tiny_output(model)
     change = (part.lora_B @ part.lora_A).detach() * part.scaling
     with torch.no_grad():
         host.weight.view(4, 3, 8, 32)[:, block] += change.view(4, 8, 32)
-    torch.testing.assert_close(run(model, adapter_names=[]), acting)
+    torch.testing.assert_close(tiny_output(model, adapter_names=[]), acting)
     with torch.no_grad():
         host.weight.copy_(before)
     model.merge_adapter("a")
-    torch.testing.assert_close(run(model), acting)
+    torch.testing.assert_close(tiny_output(model), acting)
     model.reset_adapter()
     assert torch.equal(host.weight, before)
 

@@ -7,12 +7,7 @@ behind the positions; adapters in its files were trained there, and act there.
 import pytest
 import torch
 
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).to_tuple()[0]
+from flexheads.testing import randomise, tiny_model, tiny_output
 
 
 def alone(model):
@@ -25,9 +20,9 @@ def alone(model):
 def test_a_new_one_acts_before_the_positions():
     model = tiny_model("gpt2")
     coupling = alone(model)
-    got = run(model, adapter_names="a")
+    got = tiny_output(model, adapter_names="a")
     model.transformer.wte.register_forward_hook(lambda module, args, out: coupling(out))
-    torch.testing.assert_close(run(model), got)
+    torch.testing.assert_close(tiny_output(model), got)
 
 
 @pytest.mark.parametrize(("version", "late"), [("adapters.1.3.0", True), ("3.2.1", False)])
@@ -46,9 +41,9 @@ def test_one_from_a_file_acts_where_it_was_trained(version, late, tmp_path):
     assert other.adapters["a"].config.inv_adapter_late == late
     host = other.transformer.drop if late else other.transformer.wte
     (coupling,) = (part for a, part in other.adapters["a"].parts.items() if "embeddings" in a)
-    got = run(other)
+    got = tiny_output(other)
     host.register_forward_hook(lambda module, args, out: coupling(out))
-    torch.testing.assert_close(run(other, adapter_names=[]), got)
+    torch.testing.assert_close(tiny_output(other, adapter_names=[]), got)
 
 
 def test_both_kinds_are_undone_before_a_language_model_head():
@@ -57,7 +52,7 @@ def test_both_kinds_are_undone_before_a_language_model_head():
     for name, late in (("early", False), ("late", True)):
         model.add_adapter(name, f"seq_bn_inv[inv_adapter_late={late}]")
         randomise(model.adapters[name])
-    both, hidden = ["early", "late"], run(model, adapter_names=["early", "late"], head=[])
+    both, hidden = ["early", "late"], tiny_output(model, adapter_names=["early", "late"], head=[])
     couplings = [
         model.adapters[name].parts[address]
         for name, address in (("late", "late_embeddings"), ("early", "embeddings"))
@@ -66,5 +61,5 @@ def test_both_kinds_are_undone_before_a_language_model_head():
         hidden = coupling.inverse(hidden)
     with torch.no_grad():
         expected = hidden @ model.transformer.wte.weight.T
-    got = run(model, adapter_names=both, head="lm")
+    got = tiny_output(model, adapter_names=both, head="lm")
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

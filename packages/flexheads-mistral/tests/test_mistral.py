@@ -6,12 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
+from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_output
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -20,7 +15,7 @@ def test_every_position_sees_the_prefix_through_the_window(implementation):
     assert model.config.sliding_window == 4
     model.add_adapter("a", "prefix_tuning[prefix_length=2]", set_active=True)
     randomise(model.adapters["a"])
-    changed = (run(model) - run(model, adapter_names=[])).abs().amax(dim=(0, 2))
+    changed = (tiny_output(model) - tiny_output(model, adapter_names=[])).abs().amax(dim=(0, 2))
     assert (changed > 1e-3).all()
     # What is out of the window stays so: the first token has no part in the last position.
     given = tiny_inputs(model.config)
@@ -38,7 +33,7 @@ def test_both_attention_implementations_give_the_same_with_a_prefix():
         model = tiny_model("mistral", attn_implementation=implementation)
         model.add_adapter("a", "prefix_tuning[prefix_length=2]", set_active=True)
         randomise(model.adapters["a"])
-        outputs.append(run(model))
+        outputs.append(tiny_output(model))
     torch.testing.assert_close(*outputs)
 
 
@@ -61,4 +56,4 @@ def test_files_call_each_projection_by_the_other_name(field, path, in_file, tmp_
     assert named == {in_file}
     other = tiny_model("mistral")
     other.load_adapter(tmp_path, set_active=True)
-    assert torch.equal(run(other), run(model))
+    assert torch.equal(tiny_output(other), tiny_output(model))

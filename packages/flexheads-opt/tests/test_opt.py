@@ -6,7 +6,14 @@ import transformers
 
 from flexheads import BatchSplit, Rows, init
 from flexheads.errors import UnsupportedError
-from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import (
+    randomise,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+    tiny_output,
+    tiny_static,
+)
 
 FEED_FORWARD = (
     "seq_bn[use_gating=True]",
@@ -17,11 +24,6 @@ FEED_FORWARD = (
 )
 
 
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call)[0]
-
-
 @pytest.mark.parametrize("config", FEED_FORWARD)
 def test_rows_go_their_own_ways(config):
     model = tiny_model("opt")
@@ -29,11 +31,11 @@ def test_rows_go_their_own_ways(config):
     model.add_adapter("b", config)
     randomise(model.adapters["a"], seed=1)
     randomise(model.adapters["b"], seed=2)
-    alone = [run(model, adapter_names=name) for name in ("a", "b")]
+    alone = [tiny_output(model, adapter_names=name) for name in ("a", "b")]
     assert (alone[0] - alone[1]).abs().max() > 1e-3
-    named = run(model, adapter_names=Rows(["b", "a", "b"]))
+    named = tiny_output(model, adapter_names=Rows(["b", "a", "b"]))
     torch.testing.assert_close(named, torch.stack([alone[1][0], alone[0][1], alone[1][2]]))
-    split = run(model, adapter_names=BatchSplit("a", "b", batch_sizes=[1, 2]))
+    split = tiny_output(model, adapter_names=BatchSplit("a", "b", batch_sizes=[1, 2]))
     torch.testing.assert_close(split, torch.cat([alone[0][:1], alone[1][1:]]))
 
 
@@ -56,10 +58,10 @@ def test_the_static_class_runs_adapters_that_read_the_call(config):
     for each in (static, model):
         each.add_adapter("a", config, set_active=True)
         randomise(each.adapters["a"])
-    hidden = run(model)
+    hidden = tiny_output(model)
     with torch.no_grad():
-        torch.testing.assert_close(run(static), static.lm_head(hidden))
-    assert (hidden - run(model, adapter_names=[])).abs().max() > 1e-3
+        torch.testing.assert_close(tiny_output(static), static.lm_head(hidden))
+    assert (hidden - tiny_output(model, adapter_names=[])).abs().max() > 1e-3
 
 
 def test_a_prompt_stands_before_the_embeddings():
@@ -71,7 +73,7 @@ def test_a_prompt_stands_before_the_embeddings():
     embedded = model.model.decoder.embed_tokens(given["input_ids"])
     prompt = part().expand(3, -1, -1)
     mask = torch.cat([torch.ones(3, 3, dtype=torch.long), given["attention_mask"]], dim=1)
-    got = run(model)
+    got = tiny_output(model)
     with torch.no_grad():
         joined = torch.cat([prompt, embedded], dim=1)
         wanted = model(inputs_embeds=joined, attention_mask=mask, adapter_names=[])[0][:, 3:]

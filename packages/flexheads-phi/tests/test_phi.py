@@ -4,12 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
+from flexheads.testing import randomise, tiny_model, tiny_output
 
 
 def bottleneck(part, hidden):
@@ -36,7 +31,7 @@ def test_what_adapters_read_beside_the_attention(config, reads_all):
         module.register_forward_hook(
             lambda module, args, output, name=name: found.update({name: (args, output)})
         )
-    run(model)
+    tiny_output(model)
     (given, *_), result = found["layer"]
     result = result[0] if isinstance(result, tuple) else result
     attended, mlp = found["attn"][1], found["mlp"][1]
@@ -63,9 +58,9 @@ def test_low_rank_changes_go_into_their_own_rows(fields):
     before = host.weight.detach().clone()
     model.add_adapter("a", f"lora[{fields}, leave_out=[1]]", set_active=True)
     (part,) = randomise(model.adapters["a"]).parts.values()
-    acting = run(model)
+    acting = tiny_output(model)
     model.merge_adapter("a")
-    torch.testing.assert_close(run(model), acting)
+    torch.testing.assert_close(tiny_output(model), acting)
     wanted = before.clone()
     wanted[rows] += (part.lora_B @ part.lora_A).detach() * part.scaling
     torch.testing.assert_close(host.weight.detach(), wanted)

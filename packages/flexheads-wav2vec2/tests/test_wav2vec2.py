@@ -7,19 +7,13 @@ from safetensors.torch import save_file
 
 import flexheads
 from flexheads.errors import UnsupportedError
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-from flexheads.testing.tiny import tiny_config
+from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_output
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Support for mismatched key_padding_mask:UserWarning"
 )
 
 FAMILY = {"wav2vec2": "Wav2Vec2", "hubert": "Hubert", "wavlm": "WavLM"}
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).to_tuple()[0]
 
 
 @torch.no_grad()
@@ -48,7 +42,7 @@ def test_residual_sites_in_both_orders_of_norms(name, first):
     layer.register_forward_hook(
         lambda m, a, out: seen.update(after=out[0] if isinstance(out, tuple) else out)
     )
-    run(model)
+    tiny_output(model)
     between = seen["attention.x"] + seen["attention.r"]
     after = seen["feed_forward.x"] + seen["feed_forward.r"]
     if first:
@@ -64,16 +58,16 @@ def test_residual_sites_in_both_orders_of_norms(name, first):
 @pytest.mark.parametrize("name", FAMILY)
 def test_adapters_where_the_norms_come_first(name, config, tmp_path):
     model = tiny_model(name, do_stable_layer_norm=True)
-    before = run(model)
+    before = tiny_output(model)
     model.add_adapter("a", config=config, set_active=True)
-    torch.testing.assert_close(run(model), before)
+    torch.testing.assert_close(tiny_output(model), before)
     randomise(model.adapters)
-    acting = run(model)
+    acting = tiny_output(model)
     assert not torch.allclose(acting, before, atol=1e-3)
     model.save_adapter(tmp_path, "a")
     other = tiny_model(name, do_stable_layer_norm=True)
     other.load_adapter(tmp_path, set_active=True)
-    assert torch.equal(run(other), acting)
+    assert torch.equal(tiny_output(other), acting)
 
 
 @torch.no_grad()
@@ -97,20 +91,20 @@ def test_adapters_on_static_classes(name, ending, config, tmp_path):
     torch.manual_seed(0)
     static_class = getattr(transformers, FAMILY[name] + ending)
     model = flexheads.init(static_class(tiny_config(name)).eval())
-    before = run(model)
+    before = tiny_output(model)
     if (name, config) == ("wavlm", "lora"):
         with pytest.raises(UnsupportedError, match="no projection for query"):
             model.add_adapter("a", config=config)
         return
     model.add_adapter("a", config=config, set_active=True)
     randomise(model.adapters)
-    acting = run(model)
+    acting = tiny_output(model)
     assert not torch.allclose(acting, before, atol=1e-4)
     model.save_adapter(tmp_path, "a")
     model.delete_adapter("a")
-    assert torch.equal(run(model), before)
+    assert torch.equal(tiny_output(model), before)
     assert model.load_adapter(tmp_path, set_active=True) == "a"
-    assert torch.equal(run(model), acting)
+    assert torch.equal(tiny_output(model), acting)
 
 
 @torch.no_grad()
@@ -127,9 +121,9 @@ def test_the_layers_of_a_language_are_loaded_as_without_us(tmp_path):
         own.name_or_path = str(tmp_path)
     flexheads.init(model)
     model.add_adapter("a", config="seq_bn", set_active=True)
-    before = run(model)
+    before = tiny_output(model)
     plain.load_adapter("spa")
-    expected = run(plain)
+    expected = tiny_output(plain)
     assert not torch.allclose(before, expected, atol=1e-3)
     for call in (
         lambda: model.load_adapter("spa"),
@@ -139,7 +133,7 @@ def test_the_layers_of_a_language_are_loaded_as_without_us(tmp_path):
         for parameter in model._get_adapters().values():
             parameter.zero_()
         call()
-        torch.testing.assert_close(run(model), expected)
+        torch.testing.assert_close(tiny_output(model), expected)
     model.save_adapter(tmp_path / "own", "a")
     model.load_adapter(tmp_path / "own", load_as="b", with_head=False)
     model.load_adapter(str(tmp_path / "own"), load_as="c", with_head=False)

@@ -8,13 +8,14 @@ from transformers import WhisperForAudioClassification, WhisperForCausalLM
 
 import flexheads
 from flexheads.errors import ConfigError, UnsupportedError
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
-from flexheads.testing.tiny import tiny_config
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).to_tuple()[0]
+from flexheads.testing import (
+    randomise,
+    tiny_config,
+    tiny_inputs,
+    tiny_model,
+    tiny_output,
+    tiny_static,
+)
 
 
 def test_a_language_model_head_reads_its_labels_one_step_late():
@@ -58,11 +59,11 @@ def alone(model):
 def test_a_new_invertible_adapter_acts_before_the_first_layer():
     model = tiny_model("whisper")
     coupling = alone(model)
-    got = run(model, adapter_names="a")
+    got = tiny_output(model, adapter_names="a")
     model.model.encoder.layers[0].register_forward_pre_hook(
         lambda module, args: (coupling(args[0]), *args[1:])
     )
-    torch.testing.assert_close(run(model), got)
+    torch.testing.assert_close(tiny_output(model), got)
 
 
 def test_one_of_the_adapters_library_acts_where_it_was_trained(tmp_path):
@@ -76,9 +77,9 @@ def test_one_of_the_adapters_library_acts_where_it_was_trained(tmp_path):
     file.write_text(json.dumps({**content, "version": "adapters.1.3.0"}))
     other = tiny_model("whisper")
     other.load_adapter(tmp_path, set_active=True)
-    coupling, got = other.adapters["a"].parts["late_embeddings"], run(other)
+    coupling, got = other.adapters["a"].parts["late_embeddings"], tiny_output(other)
     other.model.encoder.layer_norm.register_forward_hook(lambda m, args, out: coupling(out))
-    torch.testing.assert_close(run(other, adapter_names=[]), got)
+    torch.testing.assert_close(tiny_output(other, adapter_names=[]), got)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import layer_norm, linear
 
 from flexheads import Parallel
-from flexheads.testing import randomise, tiny_inputs, tiny_model
+from flexheads.testing import randomise, tiny_model, tiny_output
 
 KINDS = {
     "plain": {},
@@ -15,11 +15,6 @@ KINDS = {
     "no norm inside": {"adapter_reuse_layer_norm": False, "pre_norm": True},
 }
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-
-
-@torch.no_grad()
-def run(model, **call):
-    return model(**tiny_inputs(model.config), **call).last_hidden_state
 
 
 def layer_of(model):
@@ -53,12 +48,12 @@ def bottleneck(part, hidden):
 def test_a_sequential_adapter_reads_what_the_language_adapter_gives(changes, norm):
     model = tiny_model("xmod", **changes)
     layer, seen = layer_of(model)
-    run(model)
+    tiny_output(model)
     total, residual = seen["total"], seen["r"]
     model.add_adapter("a", f"seq_bn[original_ln_before={norm}]")
     randomise(model.adapters)
     part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    run(model, adapter_names="a")
+    tiny_output(model, adapter_names="a")
     read = finished(layer, total, changes) if norm else total - residual
     expected = finished(layer, total + bottleneck(part, read), changes)
     torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
@@ -69,12 +64,12 @@ def test_a_sequential_adapter_reads_what_the_language_adapter_gives(changes, nor
 def test_the_last_addition_and_norm_can_be_left_out(changes):
     model = tiny_model("xmod", **changes)
     layer, seen = layer_of(model)
-    run(model)
+    tiny_output(model)
     total, residual = seen["total"], seen["r"]
     model.add_adapter("a", "seq_bn[original_ln_after=False]")
     randomise(model.adapters)
     part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    run(model, adapter_names="a")
+    tiny_output(model, adapter_names="a")
     expected = total - residual + bottleneck(part, finished(layer, total, changes))
     torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
 
@@ -84,12 +79,12 @@ def test_the_last_addition_and_norm_can_be_left_out(changes):
 def test_a_parallel_adapter_reads_the_residual(changes):
     model = tiny_model("xmod", **changes)
     layer, seen = layer_of(model)
-    run(model)
+    tiny_output(model)
     total, residual = seen["total"], seen["r"]
     model.add_adapter("a", "par_bn[scaling=2.0]")
     randomise(model.adapters)
     part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    run(model, adapter_names="a")
+    tiny_output(model, adapter_names="a")
     expected = finished(layer, total + 2.0 * bottleneck(part, residual), changes)
     torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
 
@@ -102,12 +97,12 @@ def test_languages_are_chosen_as_before_and_never_trained():
     randomise(model.adapters)
     model.train_adapter("a")
     assert not any(p.requires_grad for n, p in model.named_parameters() if "adapter_modules" in n)
-    english = run(model)
-    german = run(model, lang_ids=torch.ones(3, dtype=torch.long))
+    english = tiny_output(model)
+    german = tiny_output(model, lang_ids=torch.ones(3, dtype=torch.long))
     assert not torch.allclose(english, german, atol=1e-3)
-    mixed = run(model, lang_ids=torch.tensor([0, 1, 1]))
+    mixed = tiny_output(model, lang_ids=torch.tensor([0, 1, 1]))
     torch.testing.assert_close(mixed, torch.cat([english[:1], german[1:]]))
-    both = run(model, lang_ids=torch.tensor([0, 1, 1]), adapter_names=Parallel("a", "b"))
+    both = tiny_output(model, lang_ids=torch.tensor([0, 1, 1]), adapter_names=Parallel("a", "b"))
     torch.testing.assert_close(both[:3], mixed)
     model.base_model.set_default_language("de_DE")
-    torch.testing.assert_close(run(model), german)
+    torch.testing.assert_close(tiny_output(model), german)

@@ -11,6 +11,7 @@ __getattr__ = lazy_attributes(
         "tiny_config": "flexheads.testing.tiny",
         "tiny_inputs": "flexheads.testing.tiny",
         "tiny_model": "flexheads.testing.tiny",
+        "tiny_output": "flexheads.testing.tiny",
         "tiny_static": "flexheads.testing.tiny",
     },
 )

@@ -27,11 +27,11 @@ from flexheads.sites.base import first_argument, first_tensor
 from flexheads.sites.residual import AttachedResidual
 from flexheads.specs import HeadConversion
 from flexheads.testing.block_checks import BLOCK_CHECKS, check_block
-from flexheads.testing.fitting import lacks, other_config, output, refusal
+from flexheads.testing.fitting import lacks, other_config, refusal
 from flexheads.testing.head_checks import check_head, check_head_refusals, head_types
 from flexheads.testing.repeat_checks import check_shared_layers
 from flexheads.testing.static_checks import check_conversion, check_generation, same
-from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model
+from flexheads.testing.tiny import randomise, tiny_config, tiny_inputs, tiny_model, tiny_output
 
 CONFIGS = ("seq_bn", "double_seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "vera", "dora")
 """The configurations that the checks try of the core's first methods; of others, the first one."""
@@ -127,7 +127,7 @@ def check_residual_sites(architecture: str) -> None:
             _note(own, "total", following.residual, following.residual_from)
         else:
             _note(own, "total", site.host, "output")
-    output(model)
+    tiny_output(model)
     for site in sites:
         address, tensors = site.address, seen[site.address]
         named = {"x", "r", *(("total",) if address not in shared else ())}
@@ -166,7 +166,7 @@ def check_bare_backbone(architecture: str) -> None:
     bare.load_state_dict(model._attachment.backbone.state_dict())
     with torch.no_grad():
         expected = bare(**tiny_inputs(model.config)).to_tuple()[0]
-    assert torch.equal(output(model), expected), "The bare model is not the backbone."
+    assert torch.equal(tiny_output(model), expected), "The bare model is not the backbone."
 
 
 def check_adapter(architecture: str, config: str) -> None:
@@ -175,24 +175,26 @@ def check_adapter(architecture: str, config: str) -> None:
     Where the spec lacks what it needs, adding it is refused instead, and changes nothing.
     """
     model = tiny_model(architecture)
-    before = output(model)
+    before = tiny_output(model)
     if lacks(model, config):
         refusal(lambda: model.add_adapter("a", config=config), config)
-        assert torch.equal(output(model), before), f"{config}: refused, but something has changed."
+        assert torch.equal(tiny_output(model), before), (
+            f"{config}: refused, but something has changed."
+        )
         return
     model.add_adapter("a", config=config, set_active=True)
     if load_config(config).tag not in _NEVER_NEUTRAL:
-        same(output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
+        same(tiny_output(model), before, f"{config} should begin as the identity", tolerance=1e-6)
     randomise(model.adapters["a"])
-    acting = output(model)
+    acting = tiny_output(model)
     assert not torch.allclose(acting, before, atol=1e-3), f"{config} has no effect."
     with tempfile.TemporaryDirectory() as directory:
         model.save_adapter(directory, "a")
         other = tiny_model(architecture)
         other.load_adapter(directory, set_active=True)
-        assert torch.equal(output(other), acting), f"{config}: the file gives another adapter."
+        assert torch.equal(tiny_output(other), acting), f"{config}: the file gives another adapter."
     model.delete_adapter("a")
-    assert torch.equal(output(model), before), f"{config}: deleting leaves something behind."
+    assert torch.equal(tiny_output(model), before), f"{config}: deleting leaves something behind."
 
 
 def check_whole_model(architecture: str) -> None:
@@ -212,7 +214,7 @@ def check_whole_model(architecture: str) -> None:
         else:
             backbone = other._attachment.backbone
     assert other.adapters.keys() == ("b", "a"), "Adapters are missing or in another order."
-    assert torch.equal(output(other), output(model)), "The saved model is another one."
+    assert torch.equal(tiny_output(other), tiny_output(model)), "The saved model is another one."
     mine, saved = model._attachment.backbone.state_dict(), backbone.state_dict()
     assert all(torch.equal(saved[key], mine[key]) for key in mine), "The backbone has changed."
 
@@ -243,7 +245,7 @@ def check_attention_implementations(architecture: str) -> None:
         model = tiny_model(architecture, attn_implementation=implementation)
         model.add_adapter("a", config="double_seq_bn", set_active=True)
         randomise(model.adapters)
-        outputs.append(output(model))
+        outputs.append(tiny_output(model))
     eager, sdpa = outputs
     same(sdpa, eager, "sdpa against eager")
 

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from flexheads.errors import CompositionError, UnsupportedError
 from flexheads.methods.config import load_config
 from flexheads.models.with_heads import ModelWithHeads
 from flexheads.sites.attention import AttachedAttention
-from flexheads.testing.tiny import tiny_inputs
-
-
-def output(model: ModelWithHeads, **call: Any) -> Tensor:
-    """The last hidden state or the first output of the head, without gradients."""
-    with torch.no_grad():
-        found = model(**tiny_inputs(model.config), **call)
-    first: Tensor = found.to_tuple()[0]
-    return first
 
 
 def lacks(model: ModelWithHeads, config: str) -> bool:

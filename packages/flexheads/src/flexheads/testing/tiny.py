@@ -122,6 +122,21 @@ def _images(config: Any, batch: int, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
+def tiny_output(model: Any, **call: Any) -> Tensor:
+    """What a model gives for its tiny inputs, without gradients.
+
+    Args:
+        model: The model.
+        call: What the call is given beside the inputs, for example ``adapter_names``.
+
+    Returns:
+        The last hidden state ``(batch, length, size)``, or the first output of a model with a head.
+    """
+    with torch.no_grad():
+        first: Tensor = model(**tiny_inputs(model.config), **call).to_tuple()[0]
+    return first
+
+
 @torch.no_grad()
 def randomise(module: Any, std: float = 0.3, seed: int = 0) -> Any:
     """Draws every parameter anew, large enough to matter; layer norms stay near one."""
