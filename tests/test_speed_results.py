@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import pairing, report, sessions, uninstalled
+from benchmarks.speed import importing, library, pairing, report, sessions, uninstalled
 from benchmarks.speed.check import checked, worse
 from benchmarks.speed.pairing import Found, Trial
 from benchmarks.speed.results import Results, table
@@ -84,6 +84,24 @@ def test_what_drifts_falls_on_both() -> None:
     trial = Trial(watch.work(*drift), watch.work(*[1.0] * pairing.WARM_UP, *range(3, 43, 4)))
     # Between n and n + 1 the work takes twice their mean.
     assert pairing.compare({"a": trial}, 10, [watch])["a"] == Found(2.0, 0.0, None, 10)
+
+
+def test_a_work_alone_begins_without_garbage_and_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, events = Watch(), []
+    monkeypatch.setattr(pairing.gc, "collect", lambda: events.append("collect"))
+    monkeypatch.setattr(pairing.time, "perf_counter", watch)
+
+    def prepared() -> Callable[[], None]:
+        events.append("prepare")
+        work = watch.work(8.0)
+        return lambda: (events.append("work"), work())[1]
+
+    found = pairing.spent(prepared, 5, [watch])
+    assert (found.value, found.repeats) == (8.0, 3)  # the fourth would begin after 24 seconds
+    assert events == ["prepare", "work", *["prepare", "collect", "work"] * 3]
+    assert pairing.spent(prepared, 2, [watch]).repeats == 2
 
 
 # --- what is worse ----------------------------------------------------------------------------
@@ -174,7 +192,8 @@ def test_the_table_has_a_line_for_each_row_and_a_column_for_each_side() -> None:
         "| --- | --- | --- | --- | --- | --- |",
         "| IA³ | bare backbone | 1.020 ±0.010 | 1.070 ±0.020 | 1.04 | 1.020 |",
         "| activations kept, full fine-tuning, 32 x 128: 1099 MiB |  |  |  |  |  |",
-        "| activate one of 100 LoRAs, with the next call |  | 0.0512 ms ±0.004 |  | 0.2 ms | 0.0512 ms |",
+        "| activate one of 100 LoRAs, with the next call |  "
+        "| 0.0512 ms ±0.004 |  | 0.2 ms | 0.0512 ms |",
     ]
 
 
@@ -266,3 +285,34 @@ def test_packages_are_found_where_they_are_not_installed(tmp_path: Path) -> None
         assert own.requires == project["dependencies"]
         points = {point.name: point.value for point in own.entry_points}
         assert points == project.get("entry-points", {}).get("flexheads", {})
+
+
+def test_imports_are_measured_together_and_anew_when_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes: list[str] = []
+    seconds = {"": 4.0, "small": 5.0, "large": 6.0}
+
+    def run(code: str, environment: Mapping[str, str]) -> tuple[float, float]:
+        codes.append(code.removeprefix(importing.BASE).lstrip("; "))
+        return seconds[codes[-1]], 2 * seconds[codes[-1]]
+
+    monkeypatch.setattr(importing, "_run", run)
+    found = importing.import_ratios({"a": "small", "b": "large"}, 25, {})
+    assert codes == ["", "small", "large", *["", "small", "large"] * 3, ""]
+    assert {name: each.value for name, each in found.items()} == {"a": 1.25, "b": 1.5}
+    assert found["a"] == Found(1.25, 0.0, 1.25, 3)
+
+    class Some:
+        name, environment = "some", {}
+        imports = {"import": "small", "import_class": "large"}
+
+    def measured(row: str) -> float:
+        return library.measured(Some(), None, row, 25).value  # type: ignore[arg-type]
+
+    codes.clear()
+    assert (measured("import"), measured("import_class")) == (1.25, 1.5)
+    once = len(codes)
+    assert measured("import") == 1.25
+    assert len(codes) == 2 * once
+    library._imported.clear()

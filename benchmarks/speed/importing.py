@@ -12,23 +12,44 @@ from functools import partial
 from benchmarks.speed.pairing import Found, summed_up
 
 BASE = "import torch, transformers; from transformers import AutoModel, PreTrainedModel"
+Times = Sequence[float]
+"""CPU time and wall time of one interpreter."""
 
 
-def import_ratio(more: str, repeats: int, environment: Mapping[str, str]) -> Found:
-    """CPU time of a new interpreter with these imports, over that with `BASE` alone."""
-    repeats = min(repeats, 3)  # each takes seconds
-    base, own = (partial(_run, code, environment) for code in (BASE, f"{BASE}; {more}"))
-    base(), own()  # modules are compiled and files are in memory
-    runs = [run() for run in (*[base, own] * repeats, base)]
-    rounds = [runs[start : start + 3] for start in range(0, 2 * repeats, 2)]
+def import_ratios(
+    more: Mapping[str, str], repeats: int, environment: Mapping[str, str]
+) -> dict[str, Found]:
+    """CPU time of a new interpreter with these imports, over that with `BASE` alone.
+
+    Args:
+        more: What is imported, by name.
+        repeats: How often; not more than three times, because each takes seconds.
+        environment: Variables of the interpreters.
+    """
+    run = partial(_run, environment=environment)
+    codes = {name: f"{BASE}; {code}" for name, code in more.items()}
+    for code in (BASE, *codes.values()):  # modules are compiled and files are in memory
+        run(code)
+    bases: list[Times] = [run(BASE)]
+    own: dict[str, list[Times]] = {name: [] for name in codes}
+    for _ in range(min(repeats, 3)):
+        for name, code in codes.items():
+            own[name].append(run(code))
+        bases.append(run(BASE))
+    return {name: _over(bases, found) for name, found in own.items()}
+
+
+def _over(bases: Sequence[Times], own: Sequence[Times]) -> Found:
+    """The ratios of runs to those of `BASE` before and behind them."""
+    rounds = list(zip(own, bases, bases[1:], strict=False))
     cpu, wall = (
-        [2 * own[clock] / (before[clock] + behind[clock]) for before, own, behind in rounds]
+        [2 * one[clock] / (before[clock] + behind[clock]) for one, before, behind in rounds]
         for clock in (0, 1)
     )
     return summed_up(cpu, wall)
 
 
-def _run(code: str, environment: Mapping[str, str]) -> Sequence[float]:
+def _run(code: str, environment: Mapping[str, str]) -> Times:
     begun, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment})
     behind = os.times()
