@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -303,12 +305,12 @@ def test_imports_are_measured_together_and_anew_when_asked_again(
     assert {name: each.value for name, each in found.items()} == {"a": 1.25, "b": 1.5}
     assert found["a"] == Found(1.25, 0.0, 1.25, 3)
 
-    class Some:
-        name, environment = "some", {}
-        imports = {"import": "small", "import_class": "large"}
+    some: Any = SimpleNamespace(
+        environment={}, imports={"import": "small", "import_class": "large"}
+    )
 
     def measured(row: str) -> float:
-        return library.measured(Some(), None, row, 25).value  # type: ignore[arg-type]
+        return library.measured(some, some, row, 25).value
 
     codes.clear()
     assert (measured("import"), measured("import_class")) == (1.25, 1.5)
