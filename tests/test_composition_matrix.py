@@ -21,6 +21,7 @@ MIXED = (
     ("dora", "lora"),
     ("double_seq_bn", "mam"),
     ("oft", "lora"),
+    ("prompt_tuning[prompt_length=3]", "lora"),
 )
 ROWS = {column for column in BLOCKS if column in ("BatchSplit", "Parallel", "Rows", "MultiTask")}
 
@@ -37,8 +38,8 @@ def refused(architecture: str, *configs: str) -> set[str]:
         # Every position sees a prefix; and a mean needs prefixes of one length.
         found |= {"Split", "BatchSplit in Split", "Average in Rows"}
         found |= {"Average"} if len(names) > 1 else set()
-    if "prompt_tuning" in names or (names & PREFIXED and architecture == "t5"):
-        # Positions count through these, for all rows alike.
+    if names & PREFIXED and architecture == "t5":
+        # Relative positions count through these, for all rows alike.
         found |= {"Rows with None", "Stack in Parallel"}
         found |= {*ROWS, "BatchSplits in Stack"} if len(names) > 1 else set()
     return found

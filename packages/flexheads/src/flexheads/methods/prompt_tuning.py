@@ -14,7 +14,8 @@ from flexheads.errors import ConfigError, UnsupportedError
 from flexheads.methods.base import AdapterMethod, awaits_values, seeded
 from flexheads.methods.config import AdapterConfig
 from flexheads.sites.base import AttachedSite
-from flexheads.sites.prompt import PROMPT, AttachedPrompt, PromptPart
+from flexheads.sites.prompt import PROMPT, AttachedPrompt
+from flexheads.sites.prompts import PromptPart
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

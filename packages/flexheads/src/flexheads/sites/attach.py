@@ -76,7 +76,7 @@ class Attachment:
         self._needs: dict[Hooks, Hooks] = {}
         entry, owner = spec.entry, f"Architecture {spec.name!r}"
         self._called = backbone if entry is None else find_module(backbone, entry, owner)
-        self._call = CallInputs(self.runtime, self._called, spec.layers)
+        self._call = CallInputs(self.runtime, self._called, spec.layers, model is self._called)
         for site in self._find_sites(model):
             self.sites[site.address] = site
         share_outputs(self.sites.values())
@@ -280,13 +280,12 @@ class Attachment:
 
     def run(self, model: Any, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a model's own forward; where it is its own backbone, prompts enter here."""
-        prompt, forward = self.sites.get(PROMPT), functools.partial(forward, model)
+        prompt, own = self.sites.get(PROMPT), functools.partial(forward, model)
         if model is not self.backbone:
-            return forward(*args, **kwargs)
-        if isinstance(prompt, AttachedPrompt):
-            forward = functools.partial(prompt.run, forward)
-            return self.repeater.run(forward, args, kwargs)
-        return self.repeater.run(lambda args, kwargs: forward(*args, **kwargs), args, kwargs)
+            return own(*args, **kwargs)
+        enter = prompt.run if isinstance(prompt, AttachedPrompt) else lambda run, a, k: run(*a, **k)
+        noting = functools.partial(self._call.run, functools.partial(enter, own))
+        return self.repeater.run(noting, args, kwargs)
 
     def hooks_for(self, parts: Mapping[str, nn.Module]) -> Hooks:
         """The hooks that an adapter relies on.

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from flexheads.sites.base import CALL, argument_names
 from flexheads.sites.caches import past_length
 from flexheads.sites.hooking import hook_before
+from flexheads.sites.joining import undoing
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 from flexheads.specs import LayerSpec
@@ -29,19 +30,44 @@ class CallInputs:
         runtime: Where they are put.
         backbone: The backbone.
         layers: The backbone's stacks of layers.
+        itself: Whether the backbone is the model itself, whose hooks run before it knows the plan
+            of the call; so it calls `run`.
     """
 
     def __init__(
-        self, runtime: Runtime, backbone: nn.Module, layers: tuple[LayerSpec, ...] = ()
+        self,
+        runtime: Runtime,
+        backbone: nn.Module,
+        layers: tuple[LayerSpec, ...] = (),
+        itself: bool = False,
     ) -> None:
-        self.runtime, self.backbone, self.layers = runtime, backbone, layers
+        self.runtime, self.backbone, self.layers, self.itself = runtime, backbone, layers, itself
+        self.own: _Note | None = None
 
     def register(self, hook: str) -> RemovableHandle:
-        """Registers the hook."""
+        """Registers the hook, in front of others, which may change the inputs."""
         part = hook.partition(".")[2]
         host = self._holder(part) if part else self.backbone
         note = _Note(self.runtime, hook, host)
-        return hook_before(host, note.take)
+        if not part and self.itself:
+            self.own = note
+            return undoing([], self._leave)
+        return hook_before(host, note.take, first=True)
+
+    def _leave(self) -> None:
+        self.own = None
+
+    def run(self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the forward of a model that is its own backbone, under the plan of the call.
+
+        Args:
+            forward: Takes the arguments by position, and those by name.
+            args: The arguments by position.
+            kwargs: The arguments by name.
+        """
+        if self.own is not None:
+            self.own.take(self.backbone, args, kwargs)
+        return forward(args, kwargs)
 
     def _holder(self, part: str) -> nn.Module:
         """The module that holds the layers of a part and is called with their inputs."""
@@ -86,7 +112,7 @@ class Tokens:
     """
 
     def __init__(self, mask: Any, past: int | Tensor = 0) -> None:
-        self.real, self.past = _real(mask), past
+        self.real, self.past = real_positions(mask), past
         self._found: dict[Hashable, Any] = {}
 
     def edges(self, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -158,6 +184,17 @@ class Tokens:
         return functional.pad(real, (missing, 0), value=past > 0 and real.shape[-1] == length)
 
 
+def noted(call: Any, side: str | None) -> dict[str, Any] | None:
+    """What `CallInputs` has noted of one part of the model; None where that is nothing.
+
+    Args:
+        call: What it has noted, or None.
+        side: The part of the model; None where there is only one.
+    """
+    given: dict[str, Any] | None = call
+    return given if side is None or given is None else given.get(f"{CALL}.{side}")
+
+
 def tokens_of(call: Any, side: str | None) -> Tokens:
     """The tokens of one part in what `CallInputs` has noted; all positions where that is nothing.
 
@@ -165,7 +202,7 @@ def tokens_of(call: Any, side: str | None) -> Tokens:
         call: What it has noted, or None.
         side: The part of the model; None where there is only one.
     """
-    given = call if side is None or call is None else call.get(f"{CALL}.{side}")
+    given = noted(call, side)
     if given is None:
         return Tokens(None)
     known: Tokens | None = given.get("tokens")
@@ -176,7 +213,7 @@ def tokens_of(call: Any, side: str | None) -> Tokens:
     return known
 
 
-def _real(mask: Any) -> Tensor | None:
+def real_positions(mask: Any) -> Tensor | None:
     """Which positions are tokens: ``(batch, sequence)`` of booleans; None for all.
 
     Masks that transformers has prepared already, ``(batch, 1, queries, keys)``, tell it by what the

@@ -14,7 +14,7 @@ from flexheads.errors import CompositionError
 from flexheads.sites.attention import AttentionPart, join_prefixes
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.fused import Branch, Fused
-from flexheads.sites.prompt import PromptPart
+from flexheads.sites.prompts import PromptPart
 from flexheads.sites.residual import Stream
 
 _CHANGED = {"linear": 1, "norm": 1, "tokens": 1, "hidden": 0, "embedding": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,18 @@ from transformers import PreTrainedModel
 
 from flexheads.errors import UnsupportedError
 from flexheads.sites.base import (
+    CALL,
     AttachedSite,
     argument_names,
     first_argument,
     first_tensor,
     input_embeddings,
-    run_chains,
 )
 from flexheads.sites.caches import past_length
+from flexheads.sites.call import noted, real_positions
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import undoing
+from flexheads.sites.prompts import PromptOp, PromptPart, flat, inner_mask, repeated
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -33,91 +35,6 @@ POOLED = "pooled"
 _MASKS = ("attention_mask", "attn_mask", "mask")
 _OUTPUT = ("last_hidden_state", "hidden_states")
 _ENCODER_OUTPUT = ("encoder_last_hidden_state", "encoder_hidden_states")
-
-
-class PromptPart(nn.Module):
-    """What an adapter has at the prompt site.
-
-    Attributes:
-        length: Number of positions.
-        after_first: Whether it stands behind the first position instead of before it.
-    """
-
-    length: int
-    after_first: bool
-
-    def forward(self) -> Tensor:
-        """The prompt, ``(length, embedding size)``."""
-        raise NotImplementedError
-
-
-class PromptOp(NamedTuple):
-    """What the prompt site does in one plan: each prompt of a chain joins what was left."""
-
-    chains: tuple[tuple[PromptPart, ...], ...]
-    rows: RowMap | None
-    steps: tuple[tuple[int, bool], ...]
-    """The length of each prompt, and whether it stands behind the first position."""
-
-    @property
-    def length(self) -> int:
-        """The positions of all prompts of a chain."""
-        return sum(length for length, _ in self.steps)
-
-    def join(self, hidden: Tensor) -> Tensor:
-        """Embeddings with the prompts of each row in them: ``(batch, sequence, width)``."""
-        return run_chains(self.chains, self.rows, _join, hidden)
-
-    def insert(self, tensor: Tensor, like: Any, dim: int) -> Tensor:
-        """A tensor with something in the place of every prompt.
-
-        Args:
-            tensor: The tensor.
-            like: Makes what stands there, from the tensor so far and the number of positions.
-            dim: The dimension of positions.
-        """
-        for length, after_first in self.steps:
-            tensor = _inserted(tensor, like(tensor, length), after_first, dim)
-        return tensor
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """A tensor ``(batch, sequence, ...)`` without the positions of prompts."""
-        for length, after_first in reversed(self.steps):
-            if after_first:
-                tensor = torch.cat([tensor[:, :1], tensor[:, 1 + length :]], dim=1)
-            else:
-                tensor = tensor[:, length:]
-        return tensor
-
-    def mask(self, mask: Tensor) -> Tensor:
-        """A mask ``(batch, sequence)`` in which the prompts count."""
-        return self.insert(mask, lambda m, length: m.new_ones(m.shape[0], length), 1)
-
-    def positions(self, positions: Tensor, enters: bool) -> Tensor:
-        """Positions ``(..., sequence)`` that count through the prompts."""
-        if not enters:
-            return positions + self.length
-        for length, after_first in self.steps:
-            own = torch.arange(length, device=positions.device, dtype=positions.dtype)
-            own = own.expand(*positions.shape[:-1], -1)
-            first, rest = positions[..., :after_first], positions[..., after_first:] + length
-            own = own + first + 1 if after_first else own
-            positions = torch.cat([first, own, rest], dim=-1)
-        return positions
-
-
-def _join(parts: Sequence[PromptPart], hidden: Tensor) -> Tensor:
-    for part in parts:
-        prompt = part().to(hidden).expand(hidden.shape[0], -1, -1)
-        hidden = _inserted(hidden, prompt, part.after_first, 1)
-    return hidden
-
-
-def _inserted(tensor: Tensor, rows: Tensor, after_first: bool, dim: int) -> Tensor:
-    if not after_first:
-        return torch.cat([rows, tensor], dim=dim)
-    first, rest = torch.split(tensor, [1, tensor.shape[dim] - 1], dim=dim)
-    return torch.cat([first, rows, rest], dim=dim)
 
 
 class AttachedPrompt(AttachedSite):
@@ -159,6 +76,14 @@ class AttachedPrompt(AttachedSite):
         self.holder_names = argument_names(type(holder).forward)
         module = sys.modules[type(backbone).__module__]
         self.masks_late = hasattr(module, "create_bidirectional_mask")
+        self.masked = {"input_ids", "attention_mask"} <= set(self.names)
+        # What fills rows up stands behind a sequence, so that its positions stay as they are; but
+        # before one that can be gone on with.
+        self.padded_first = encoder is None and embeddings is None
+        self.counts_by_mask = any(
+            isinstance(inner, nn.Embedding) and _MASKS[0] in argument_names(type(inner).forward)
+            for inner in backbone.modules()
+        )
         self.entered = False
 
     def needed(self, part: PromptPart) -> frozenset[str]:
@@ -189,13 +114,14 @@ class AttachedPrompt(AttachedSite):
         self.entered = False
 
     def op(self, chains: Sequence[Sequence[PromptPart]], rows: RowMap | None) -> PromptOp:
-        steps = {tuple((part.length, part.after_first) for part in chain) for chain in chains}
-        if len(steps) > 1:
+        op = PromptOp.of(chains, rows, self.padded_first)
+        if not self.masked and any(layout.padding for layout in op.layouts):
             raise UnsupportedError(
-                "The rows of one batch need prompts of one length, all in one place. Give every "
-                "chain such a prompt, or run them in separate batches."
+                "This model takes no attention mask, which could hide what fills shorter rows up, "
+                "so the rows of one batch need prompts of one length. Give every chain such a "
+                "prompt, or run them in separate batches."
             )
-        return PromptOp(tuple(map(tuple, chains)), rows, steps.pop())
+        return op
 
     # --- the call of the backbone -----------------------------------------------------------------
 
@@ -215,34 +141,82 @@ class AttachedPrompt(AttachedSite):
         if op is None:
             return None
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if op.ragged and self.masked:
+            self._say_of_rows(op, given)
         if self.encoder is not None:
             self.runtime.put(PROMPT, True)
             self._extend_for_decoder(op, given)
         elif self.behind_embeddings:
             self.runtime.put(PROMPT, True)
             if self.masks_late and given.get("attention_mask") is not None:
-                given["attention_mask"] = op.mask(_flat(given["attention_mask"]))
+                given["attention_mask"] = op.mask(flat(given["attention_mask"]))
         else:
             self.runtime.put(PROMPT, self._enter_tokens(op, given, self.tokens))
         return (), given
 
     def _enter_tokens(self, op: PromptOp, given: dict[str, Any], tokens: nn.Module) -> bool:
         """Changes the arguments of a model that reads tokens; tells whether the prompt enters."""
-        mask = given.get("attention_mask")
+        read, past = _read(given), past_length(given.get("past_key_values"))
+        enters, mask = bool(past == 0), given.get("attention_mask")
         if mask is not None:
-            given["attention_mask"] = op.mask(_flat(mask))
-        enters = _is_empty(given.get("past_key_values"))
-        for name in ("position_ids", "cache_position"):
-            if given.get(name) is not None:
-                given[name] = op.positions(given[name], enters)
+            given["attention_mask"] = op.mask(flat(mask))
+        if isinstance(past, int):
+            self._note_tokens(op, mask, read, 0 if enters else past - op.length)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = op.positions(given["position_ids"], enters)
+        if (place := given.get("cache_position")) is not None:
+            start = torch.arange(op.length if enters else 0, device=place.device)
+            given["cache_position"] = torch.cat([start, place + op.length])
         if enters:
-            embeds = given.get("inputs_embeds")
-            embeds = tokens(given["input_ids"]) if embeds is None else embeds
+            embeds = tokens(read) if given.get("inputs_embeds") is None else read
             given["inputs_embeds"], given["input_ids"] = op.join(embeds), None
             types = given.get("token_type_ids")
             if types is not None:
-                given["token_type_ids"] = op.insert(types, _repeated(1), 1)
+                given["token_type_ids"] = op.insert(types, repeated(-1), -1)
         return enters
+
+    def _say_of_rows(self, op: PromptOp, given: dict[str, Any]) -> None:
+        """Says what a model takes for granted where all rows are alike: masks and positions.
+
+        Raises:
+            UnsupportedError: If that cannot be known.
+        """
+        read = _read(given)
+        if read is None:  # only the decoder reads something
+            if given.get("attention_mask") is None:
+                raise UnsupportedError(
+                    "Rows with prompts of different lengths need the attention mask with which "
+                    "the encoder gave encoder_outputs."
+                )
+            return
+        past = past_length(given.get("past_key_values")) if self.padded_first else 0
+        past = int(past) - op.length if past else 0
+        if given.get("attention_mask") is None:
+            given["attention_mask"] = _ones(read, past)
+        if not self.padded_first or "position_ids" not in self.names:
+            return
+        place = given.get("position_ids")
+        if place is None and not self.counts_by_mask:
+            place = torch.arange(past, past + read.shape[1], device=read.device)
+        given["position_ids"] = None if place is None else place.expand(len(read), -1)
+
+    def _note_tokens(
+        self, op: PromptOp, mask: Any, read: Tensor, past: int = 0, side: str | None = None
+    ) -> None:
+        """Tells sites behind which positions are tokens; those of prompts are none.
+
+        Args:
+            op: What the site does.
+            mask: The mask without prompts, or None.
+            read: What the model reads, ``(batch, sequence, ...)``.
+            past: How many positions without prompts the cache holds.
+            side: The side of the model that reads it.
+        """
+        given = noted(self.runtime.peek(CALL), side)
+        if given is not None:
+            real = real_positions(mask)
+            real = _ones(read, past).bool() if real is None else real
+            given["attention_mask"] = op.tokens(real.expand(len(read), -1))
 
     def _extend_for_decoder(self, op: PromptOp, given: dict[str, Any]) -> None:
         """Lets the decoder see the prompt in what the encoder gives."""
@@ -250,7 +224,7 @@ class AttachedPrompt(AttachedSite):
         if mask is None:
             return
         if states is None or states[0].shape[1] == mask.shape[1] + op.length:
-            given["attention_mask"] = op.mask(_flat(mask))
+            given["attention_mask"] = op.mask(flat(mask))
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> Any:
         op: PromptOp | None = self.planned()
@@ -263,7 +237,7 @@ class AttachedPrompt(AttachedSite):
             return _changed(output, _ENCODER_OUTPUT if both else _OUTPUT, op.cut)
         hidden: Tensor = output[0]
         if self.runtime.current().heads:
-            self.runtime.put(POOLED, hidden[:, 0])
+            self.runtime.put(POOLED, op.first(hidden))
         length = hidden.shape[1]
 
         def cut(tensor: Tensor) -> Tensor:
@@ -290,7 +264,10 @@ class AttachedPrompt(AttachedSite):
         op: PromptOp | None = self.planned()
         if op is None or not self.runtime.peek(PROMPT):
             return None
-        hidden = op.join(first_tensor(output))
+        embedded = first_tensor(output)
+        mask = (self.runtime.peek(CALL) or {}).get("attention_mask")
+        self._note_tokens(op, mask, embedded)
+        hidden = op.join(embedded)
         return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
     def _before_layers(
@@ -300,10 +277,15 @@ class AttachedPrompt(AttachedSite):
         if op is None or not self.runtime.peek(PROMPT):
             return None
         given = {**dict(zip(self.holder_names, args, strict=False)), **kwargs}
+        hidden = first_argument(args, kwargs)
         name = next((word for word in _MASKS if given.get(word) is not None), None)
         if name is None:
-            return None
-        given[name] = _inner_mask(op, given[name], first_argument(args, kwargs).shape[1])
+            if not op.ragged or not self.masked:
+                return None
+            # Masks that hide nothing are left out by some implementations.
+            name = next(word for word in _MASKS if word in self.holder_names)
+            given[name] = hidden.new_zeros(len(hidden), 1, 1, hidden.shape[1] - op.length)
+        given[name] = inner_mask(op, given[name], hidden)
         return (), given
 
     def _before_encoder(
@@ -313,66 +295,29 @@ class AttachedPrompt(AttachedSite):
         if op is None:
             return None
         given = {**dict(zip(self.encoder_names, args, strict=False)), **kwargs}
-        mask, ids = given.get("attention_mask"), given.get("input_ids")
-        embeds = given.get("inputs_embeds")
-        embeds = self.tokens(ids) if embeds is None else embeds
+        mask, embeds = given.get("attention_mask"), given.get("inputs_embeds")
+        embeds = self.tokens(given.get("input_ids")) if embeds is None else embeds
+        if mask is None and op.ragged:
+            mask = _ones(embeds)
         if mask is not None and mask.shape[1] == embeds.shape[1]:
-            given["attention_mask"] = op.mask(_flat(mask))
+            given["attention_mask"] = op.mask(flat(mask))
+        elif mask is not None:  # for the decoder it has been extended already
+            mask = op.cut(flat(mask))
+        self._note_tokens(op, mask, embeds, side="encoder")
         given["inputs_embeds"], given["input_ids"] = op.join(embeds), None
         return (), given
 
 
-def _is_empty(cache: Any) -> bool:
-    return bool(past_length(cache) == 0)
+def _ones(read: Tensor, past: int = 0) -> Tensor:
+    """A mask that hides nothing of what a model reads, and of what its cache holds."""
+    rows, length = read.shape[:2]
+    return torch.ones(rows, past + length, dtype=torch.long, device=read.device)
 
 
-def _flat(mask: Any) -> Tensor:
-    """A mask ``(batch, sequence)``.
-
-    Raises:
-        UnsupportedError: If it has another form, as transformers makes it for static caches.
-    """
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask
-    raise UnsupportedError(
-        "Prompt tuning needs an attention mask of (batch, sequence). Masks by query, which "
-        "generation with a static cache makes too, say nothing about the prompt; use a dynamic "
-        "cache."
-    )
-
-
-def _inner_mask(op: PromptOp, mask: Tensor, length: int) -> Tensor:
-    """A mask that lacks the prompt, with it; no position of the prompt sees padding.
-
-    Args:
-        op: What the site does.
-        mask: ``(batch, keys)`` or ``(batch, 1, queries, keys)``, equal for all queries.
-        length: The length of the sequence with the prompt.
-    """
-    short = length - op.length
-    if mask.dim() == 2:
-        return op.mask(mask) if mask.shape[1] == short else mask
-    if mask.shape[-1] == short:
-        additive = mask.is_floating_point()
-        mask = op.insert(mask, _visible(0 if additive else 1), -1)
-    if mask.shape[-2] == short:
-        mask = op.insert(mask, _repeated(-2), -2)
-    return mask
-
-
-def _visible(value: int) -> Any:
-    return lambda mask, length: mask.new_full((*mask.shape[:-1], length), value)
-
-
-def _repeated(dim: int) -> Any:
-    """What stands at the first position, as often as there are positions."""
-
-    def repeat(tensor: Tensor, length: int) -> Tensor:
-        shape = list(tensor.shape)
-        shape[dim] = length
-        return tensor.narrow(dim, 0, 1).expand(shape)
-
-    return repeat
+def _read(given: Mapping[str, Any]) -> Any:
+    """The ids or the embeddings that a model reads, or None."""
+    read = given.get("input_ids")
+    return given.get("inputs_embeds") if read is None else read
 
 
 def _each(value: Any, change: Any) -> Any:

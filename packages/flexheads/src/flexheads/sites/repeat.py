@@ -145,6 +145,8 @@ class Repeater:
             return None
         once = Once(batch_size(given) // times, times, given.get("past_key_values"))
         self.runtime.put(ONCE, once)
+        if (call := self.runtime.peek(CALL)) is not None:  # noted before the rows are fewer
+            self.runtime.put(CALL, once.first(call))
         return (), once.first(given)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
