@@ -11,8 +11,7 @@ from transformers import (
 import flexheads
 from flexheads import Rows
 from flexheads.errors import CompositionError, UnsupportedError
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-from flexheads.testing.tiny import tiny_config
+from flexheads.testing import check_static_adapter, randomise, tiny_config, tiny_inputs, tiny_model
 
 METHODS = (
     "double_seq_bn",
@@ -104,25 +103,15 @@ def test_the_last_positions_of_an_image_are_not_those_of_the_text():
     assert changed["vision"].nonzero().tolist() == [[0, 16], [1, 16], [2, 16]]
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("config", ["seq_bn", "lora"])
 @pytest.mark.parametrize("static_class", STATIC)
-def test_adapters_on_static_classes(static_class, config, tmp_path):
+def test_adapters_on_static_classes(static_class, config):
     model = flexheads.init(static_class(tiny_config(STATIC[static_class])).eval())
     randomise(model, std=0.1)
     inputs = tiny_inputs(model.config)
     if static_class is CLIPForImageClassification:
         inputs = {"pixel_values": inputs["pixel_values"]}
-    before = model(**inputs)[0]
-    model.add_adapter("a", config=config, set_active=True)
-    randomise(model.adapters)
-    acting = model(**inputs)[0]
-    assert not torch.allclose(acting, before, atol=1e-3)
-    model.save_adapter(tmp_path, "a")
-    model.delete_adapter("a")
-    assert torch.equal(model(**inputs)[0], before)
-    model.load_adapter(tmp_path, set_active=True)
-    assert torch.equal(model(**inputs)[0], acting)
+    check_static_adapter(model, inputs, config)
 
 
 @torch.no_grad()

@@ -5,8 +5,7 @@ import torch
 from transformers import Dinov2ForImageClassification, Dinov2WithRegistersForImageClassification
 
 import flexheads
-from flexheads.testing import randomise, tiny_inputs, tiny_model
-from flexheads.testing.tiny import tiny_config
+from flexheads.testing import check_static_adapter, randomise, tiny_config, tiny_inputs, tiny_model
 
 
 @torch.no_grad()
@@ -39,7 +38,6 @@ def test_the_gated_feed_forward_network(config):
     assert not torch.allclose(model(**inputs).last_hidden_state, before, atol=1e-3)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("static_class", "name"),
     [
@@ -47,16 +45,7 @@ def test_the_gated_feed_forward_network(config):
         (Dinov2WithRegistersForImageClassification, "dinov2_with_registers"),
     ],
 )
-def test_adapters_on_the_static_class(static_class, name, tmp_path):
+def test_adapters_on_the_static_class(static_class, name):
     model = flexheads.init(static_class(tiny_config(name)).eval())
     inputs = tiny_inputs(model.config)
-    before = model(**inputs).logits
-    model.add_adapter("a", config="seq_bn", set_active=True)
-    randomise(model.adapters)
-    acting = model(**inputs).logits
-    assert not torch.allclose(acting, before, atol=1e-3)
-    model.save_adapter(tmp_path, "a")
-    model.delete_adapter("a")
-    assert torch.equal(model(**inputs).logits, before)
-    model.load_adapter(tmp_path, set_active=True)
-    assert torch.equal(model(**inputs).logits, acting)
+    check_static_adapter(model, inputs, "seq_bn")

@@ -7,8 +7,7 @@ from transformers import EncoderDecoderConfig, EncoderDecoderModel
 import flexheads
 from flexheads import Rows
 from flexheads.errors import UnknownNameError, UnsupportedError
-from flexheads.testing import randomise, tiny_inputs
-from flexheads.testing.tiny import tiny_config
+from flexheads.testing import randomise, tiny_config, tiny_inputs
 
 METHODS = ("double_seq_bn", "lora", "ia3", "prefix_tuning", "loreft", "seq_bn_inv", "ln_tuning")
 

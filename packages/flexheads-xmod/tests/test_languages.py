@@ -17,16 +17,27 @@ KINDS = {
 kinds = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 
 
-def layer_of(model):
-    """The first layer of a model with random norms, and what passes through it."""
+def with_adapter(changes, config):
+    """The first layer of a model with random norms, and what passes through it.
+
+    The layer, its sum and its residual without the adapter, the adapter's weights there, and what
+    the layer gives with it.
+    """
+    model, seen = tiny_model("xmod", **changes), {}
     randomise(model.base_model, std=0.2)
-    layer, seen = model.base_model.encoder.layer[0], {}
+    layer = model.base_model.encoder.layer[0]
     layer.attention.register_forward_hook(lambda m, args, out: seen.update(r=out[0]))
     layer.output.register_forward_hook(lambda m, args, out: seen.update(total=out))
     layer.register_forward_hook(
         lambda m, args, out: seen.update(out=out[0] if isinstance(out, tuple) else out)
     )
-    return layer, seen
+    tiny_output(model)
+    total, residual = seen["total"], seen["r"]
+    model.add_adapter("a", config)
+    randomise(model.adapters)
+    part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
+    tiny_output(model, adapter_names="a")
+    return layer, total, residual, part, seen["out"]
 
 
 def finished(layer, total, changes):
@@ -46,47 +57,26 @@ def bottleneck(part, hidden):
 @pytest.mark.parametrize("norm", [True, False])
 @torch.no_grad()
 def test_a_sequential_adapter_reads_what_the_language_adapter_gives(changes, norm):
-    model = tiny_model("xmod", **changes)
-    layer, seen = layer_of(model)
-    tiny_output(model)
-    total, residual = seen["total"], seen["r"]
-    model.add_adapter("a", f"seq_bn[original_ln_before={norm}]")
-    randomise(model.adapters)
-    part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    tiny_output(model, adapter_names="a")
+    layer, total, residual, part, out = with_adapter(changes, f"seq_bn[original_ln_before={norm}]")
     read = finished(layer, total, changes) if norm else total - residual
     expected = finished(layer, total + bottleneck(part, read), changes)
-    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 @kinds
 @torch.no_grad()
 def test_the_last_addition_and_norm_can_be_left_out(changes):
-    model = tiny_model("xmod", **changes)
-    layer, seen = layer_of(model)
-    tiny_output(model)
-    total, residual = seen["total"], seen["r"]
-    model.add_adapter("a", "seq_bn[original_ln_after=False]")
-    randomise(model.adapters)
-    part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    tiny_output(model, adapter_names="a")
+    layer, total, residual, part, out = with_adapter(changes, "seq_bn[original_ln_after=False]")
     expected = total - residual + bottleneck(part, finished(layer, total, changes))
-    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 @kinds
 @torch.no_grad()
 def test_a_parallel_adapter_reads_the_residual(changes):
-    model = tiny_model("xmod", **changes)
-    layer, seen = layer_of(model)
-    tiny_output(model)
-    total, residual = seen["total"], seen["r"]
-    model.add_adapter("a", "par_bn[scaling=2.0]")
-    randomise(model.adapters)
-    part = model.adapters["a"].parts["layers.0.feed_forward"].state_dict()
-    tiny_output(model, adapter_names="a")
+    layer, total, residual, part, out = with_adapter(changes, "par_bn[scaling=2.0]")
     expected = finished(layer, total + 2.0 * bottleneck(part, residual), changes)
-    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_languages_are_chosen_as_before_and_never_trained():

@@ -6,6 +6,7 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "architecture_checks": "flexheads.testing.conformance",
+        "check_static_adapter": "flexheads.testing.static_checks",
         "decoder_checks": "flexheads.testing.decoders",
         "randomise": "flexheads.testing.tiny",
         "tiny_config": "flexheads.testing.tiny",

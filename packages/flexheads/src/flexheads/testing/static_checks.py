@@ -26,6 +26,33 @@ def same(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-5) -
     assert difference <= tolerance, f"{what}: outputs differ by {difference:.2e}."
 
 
+@torch.no_grad()
+def check_static_adapter(
+    model: Any, inputs: Mapping[str, Tensor], config: str, difference: float = 1e-3
+) -> None:
+    """An adapter acts on a class as transformers has it, leaves nothing, and comes from its file.
+
+    For classes that no conversion names, such as those with one side of a model that has two.
+
+    Args:
+        model: What `flexheads.init` gives, without adapters.
+        inputs: Its inputs.
+        config: The adapter's configuration.
+        difference: What it changes somewhere in the first output, at least.
+    """
+    before = model(**inputs)[0]
+    model.add_adapter("a", config=config, set_active=True)
+    randomise(model.adapters)
+    acting = model(**inputs)[0]
+    assert not torch.allclose(acting, before, atol=difference), f"{config}: nothing changes."
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_adapter(directory, "a")
+        model.delete_adapter("a")
+        assert torch.equal(model(**inputs)[0], before), f"{config}: deleting leaves something."
+        model.load_adapter(directory, set_active=True)
+    assert torch.equal(model(**inputs)[0], acting), f"{config}: the file gives another adapter."
+
+
 def check_conversion(static_class: str) -> None:
     """A static head becomes flexible heads that give its outputs, and comes back as it was."""
     conversion = registry().conversion(static_class)
