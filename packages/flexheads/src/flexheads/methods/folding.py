@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from flexheads.methods.bottleneck import Bottleneck
-from flexheads.sites.recording import record
+from flexheads.methods.fusion_inside import looks_inside, rank_of
 
 if TYPE_CHECKING:
     from flexheads.methods.fusion import FusionPart
@@ -45,7 +44,7 @@ class FoldedFusion:
     def __init__(self, fusion: FusionPart, parts: Sequence[Any], constant: float) -> None:
         self.fusion, self.activation = fusion, parts[0].activation.forward
         self.value = None if fusion.value is None else fusion.value.weight
-        self.count, self.rank = len(parts), 1 + max(map(_rank, parts))
+        self.count, self.rank = len(parts), 1 + max(map(rank_of, parts))
         self.inner = self.count * self.rank
         own: Tensor = parts[0].down.weight
         precise = own.dtype if own.dtype == torch.float64 else torch.float32
@@ -73,9 +72,7 @@ class FoldedFusion:
         inner, asked = self._enter(hidden, query)
         inner = self.activation(inner)
         scores = (inner * asked).view(shape).sum(dim=-1)
-        temperature = self.fusion.temperature
-        attention = (scores if temperature == 1.0 else scores / temperature).softmax(dim=-1)
-        record("fusion", self.fusion, attention)
+        attention = self.fusion.attention(scores)
         weighed = (inner.view(shape) * attention.unsqueeze(-1)).view(inner.shape)
         context = functional.linear(weighed, self.up)
         if residual is None:
@@ -96,39 +93,14 @@ class FoldedFusion:
 def folded(fusion: FusionPart, parts: Sequence[Any]) -> FoldedFusion | None:
     """The folded attention over some parts; None where they cannot be folded, or need not be.
 
-    They must be plain bottlenecks with one activation, and all weights of one dtype. Folding
-    repeats some of the work for each adapter, so that many large ones are cheaper as they are.
-
     Args:
         fusion: The attention.
         parts: What it attends to.
     """
-    projections = [p for p in (fusion.query, fusion.key, fusion.value) if p is not None]
-    if not all(map(_is_foldable, parts)) or not all(type(p) is nn.Linear for p in projections):
-        return None
-    linear = [*projections, *(p for part in parts for p in (part.down, part.up))]
-    kinds = {(part.config.non_linearity, type(part.activation)) for part in parts}
-    if len({linear.weight.dtype for linear in linear}) > 1 or len(kinds) > 1:
-        return None
-    width = parts[0].down.in_features
-    if len(parts) * max(map(_rank, parts)) > max(1, len(projections)) * width:
+    if not looks_inside(fusion, parts):
         return None
     constant = float(parts[0].activation(torch.ones(1, dtype=torch.float64)))
     return FoldedFusion(fusion, parts, constant) if abs(constant) > 0.1 else None
-
-
-def _is_foldable(part: Any) -> bool:
-    """Whether a part is a bottleneck as in the formula."""
-    if type(part) is not Bottleneck or part.norm_before is not None:
-        return False
-    linear = (part.down, part.up)
-    usual = all(type(one) is nn.Linear and one.bias is not None for one in linear)
-    return usual and not any(True for _ in part.activation.parameters())
-
-
-def _rank(part: Any) -> int:
-    rank: int = part.down.out_features
-    return rank
 
 
 def _down(part: Any, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -136,7 +108,7 @@ def _down(part: Any, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     The one is in ``d``, so that the last value is the same for all inputs.
     """
-    more = rank - _rank(part)
+    more = rank - rank_of(part)
     bias = functional.pad(part.down.bias, (0, more)).to(dtype)
     bias[-1] = 1.0
     return functional.pad(part.down.weight, (0, 0, 0, more)).to(dtype), bias
@@ -147,7 +119,7 @@ def _up(part: Any, rank: int, constant: float, dtype: torch.dtype) -> Tensor:
     scaling: Any = part.scaling if part.config.scaling != 1 else 1.0
     weight = part.up.weight.t().to(dtype)
     bias = part.up.bias.to(dtype) / constant
-    zeros = weight.new_zeros(rank - 1 - _rank(part), weight.shape[1])
+    zeros = weight.new_zeros(rank - 1 - rank_of(part), weight.shape[1])
     scaled: Tensor = torch.cat([weight, zeros, bias[None]]) * scaling
     return scaled.to(dtype)
 

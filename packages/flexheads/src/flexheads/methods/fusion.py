@@ -14,7 +14,9 @@ from flexheads.configs import Config
 from flexheads.errors import ConfigError
 from flexheads.methods.base import AddressedModules
 from flexheads.methods.folding import FoldedFusion, folded
+from flexheads.methods.fusion_inside import attend_inside, looks_inside, runs_unseen
 from flexheads.sites.derived import Derived, look_together
+from flexheads.sites.direct import quiet
 from flexheads.sites.recording import record
 
 _FIRST_TEMPERATURE = 50.0
@@ -113,7 +115,7 @@ class FusionPart(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.temperature = _FIRST_TEMPERATURE if config.temperature else 1.0
         self.kept: Derived[FoldedFusion | None] = Derived()
-        for linear in filter(None, (self.query, self.key, self.value)):
+        for linear in self.projections():
             nn.init.normal_(linear.weight, std=0.02)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -133,24 +135,71 @@ class FusionPart(nn.Module):
             ``(batch, sequence, width)``.
         """
         asked = query if self.query is None else self.query(query)
-        scores = torch.matmul(ups, self._as_keys_see(asked).unsqueeze(-1)).squeeze(-1)
+        # For each position these are products too small for a matrix product to be quicker.
+        scores = (ups * self._as_keys_see(asked).unsqueeze(-2)).sum(dim=-1)
         if self.key is not None:
             scores = scores + torch.matmul(asked, self.key.bias).unsqueeze(-1)
-        attention = torch.softmax(self.dropout(scores) / self.temperature, dim=-1)
-        record("fusion", self, attention)
-        if self.training and self.temperature > 1.0:
-            self.temperature = max(1.0, self.temperature - _FIRST_TEMPERATURE / 1000.0)
+        attention = self.attention(scores)
         # The projection has no bias, so that of the mean is the mean of those.
-        context = torch.matmul(attention.unsqueeze(-2), ups).squeeze(-2)
+        context = (ups * attention.unsqueeze(-1)).sum(dim=-2)
         return context if self.value is None else self.value(context)
 
-    def folded(self, parts: Sequence[Any]) -> FoldedFusion | None:
-        """Itself and the adapters as fewer products, in inference; None where that cannot be.
+    def attention(self, scores: Tensor) -> Tensor:
+        """The weights of adapters, ``(batch, sequence, adapters)``, from scores of that shape.
+
+        Training drops scores, and cools the temperature.
+        """
+        dropout: Any = self._modules["dropout"]
+        if dropout.training or not quiet(dropout):
+            scores = dropout(scores)
+        temperature = self.temperature
+        attention = (scores if temperature == 1.0 else scores / temperature).softmax(dim=-1)
+        record("fusion", self, attention)
+        if self.training and temperature > 1.0:
+            self.temperature = max(1.0, temperature - _FIRST_TEMPERATURE / 1000.0)
+        return attention
+
+    def attended(
+        self, parts: Sequence[Any], hidden: Tensor, query: Tensor, residual: Tensor | None
+    ) -> Tensor | None:
+        """What it gives without making any adapter's result; None where that cannot be.
 
         Args:
             parts: The adapters' parts here, in order.
+            hidden: What they see, ``(batch, sequence, width)``.
+            query: What asks, of that shape.
+            residual: What is added to each adapter's output first, or None.
         """
+        folded = self._folded(parts)
+        if folded is not None and folded.weight.dtype == hidden.dtype == query.dtype:
+            return folded(hidden, query, residual)
+        if not looks_inside(self, parts) or not runs_unseen(self, parts):
+            return None
+        if not parts[0].down.weight.dtype == hidden.dtype == query.dtype:
+            return None
+        if residual is not None and self._drops():
+            return None  # what is common to all scores makes a difference where some are dropped
+        return attend_inside(self, parts, hidden, query, residual)
+
+    def _folded(self, parts: Sequence[Any]) -> FoldedFusion | None:
+        """Itself and the adapters as fewer products, in inference; None where that cannot be."""
         return self.kept.get((*parts, self), lambda: folded(self, parts), "scaling")
+
+    def projections(self) -> list[nn.Linear]:
+        """Those of query, key and value that there are."""
+        return [each for each in (self.query, self.key, self.value) if each is not None]
+
+    def sees_key_bias(self) -> bool:
+        """Whether the bias of the keys counts, which adds the same to all scores.
+
+        Softmax does not see it, unless scores are dropped; but its gradients are zeros, not none.
+        """
+        assert self.key is not None
+        wanted = torch.is_grad_enabled() and self.key.bias.requires_grad
+        return wanted or self._drops()
+
+    def _drops(self) -> bool:
+        return bool(self.dropout.training and self.dropout.p)
 
     def _as_keys_see(self, asked: Tensor) -> Tensor:
         """What outputs u are multiplied by: ``q . (K u) = (q K) . u``, so that K acts once."""

@@ -17,7 +17,7 @@ Branch = Sequence[Any]
 class Fused:
     """AdapterFusion at a residual site: attention over what each branch would add.
 
-    In inference the attention is folded into single adapters where they are of a kind.
+    The attention is computed inside of single adapters where they are of a kind.
 
     Args:
         branches: The branches; the last part of each is fused, behind the others of its branch.
@@ -54,10 +54,10 @@ class Fused:
         self, stream: Stream, hidden: Tensor, query: Tensor, residual: Tensor | None
     ) -> Tensor:
         """The attention over what the branches give, with `residual` added to each."""
-        folded = self.fusion.folded(self.parts) if self.alone else None
-        if folded is not None and folded.weight.dtype == hidden.dtype == query.dtype:
-            context: Tensor = folded(hidden, query, residual)
-            return context
+        if self.alone:
+            found: Tensor | None = self.fusion.attended(self.parts, hidden, query, residual)
+            if found is not None:
+                return found
         ups = torch.stack([self._up(branch, stream, hidden) for branch in self.branches], dim=2)
         result: Tensor = self.fusion(
             query, ups if residual is None else ups + residual.unsqueeze(2)
