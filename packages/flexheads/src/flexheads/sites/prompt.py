@@ -80,16 +80,17 @@ class AttachedPrompt(AttachedSite):
         # What fills rows up stands behind a sequence, so that its positions stay as they are; but
         # before one that can be gone on with.
         self.padded_first = encoder is None and embeddings is None
-        self.counts_by_mask = any(
-            isinstance(inner, nn.Embedding) and _MASKS[0] in argument_names(type(inner).forward)
-            for inner in backbone.modules()
-        )
+        self.counts_by_mask = False  # only known once there are prompts, because it takes a while
         self.entered = False
 
     def needed(self, part: PromptPart) -> frozenset[str]:
         return frozenset({"enter"})
 
     def register(self, hook: str) -> RemovableHandle:
+        self.counts_by_mask = any(
+            isinstance(inner, nn.Embedding) and _MASKS[0] in argument_names(type(inner).forward)
+            for inner in self.backbone.modules()
+        )
         handles = []
         if self.model is not self.backbone:
             handles += [
