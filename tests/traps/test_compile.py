@@ -14,32 +14,23 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexheads
 from flexheads.errors import UnsupportedError
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import tiny_inputs, tiny_static
+
+from . import classifiers
+from .classifiers import COMMON, KINDS, NO_DROPOUT, classifier, each_kind
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 GRAPHS = ("houlsby", "adapterplus", "lora")
-METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
+METHODS = {
+    **COMMON,
     "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
-    "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True),
 }
-KINDS = ("flexible", "static")
-
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(kind: str, *methods: str, active: str | None = None) -> Any:
     """A tiny random model without dropout, with an adapter of each method."""
-    free = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    free |= {"num_hidden_layers": 1, "use_cache": False}
-    if kind == "flexible":
-        model = randomise(tiny_model("bert", **free), std=0.1)
-        model.add_classification_head("head", num_labels=3)
-    else:
-        model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3, **free))
+    model = classifier(kind, **NO_DROPOUT, num_hidden_layers=1, use_cache=False)
     for method in methods:
         add(model, method)
     model.set_active_adapters(active)
@@ -47,10 +38,7 @@ def build(kind: str, *methods: str, active: str | None = None) -> Any:
 
 
 def add(model: Any, method: str, name: str | None = None) -> None:
-    """Adds an adapter that is random enough to matter."""
-    name = method if name is None else name
-    model.add_adapter(name, METHODS[method])
-    randomise(model.adapters[name], std=0.2, seed=len(model.adapters))
+    classifiers.add(model, METHODS[method], name or method, seed=len(model.adapters) + 1)
 
 
 @torch.no_grad()

@@ -14,24 +14,20 @@ from safetensors.torch import load_file
 
 import flexheads
 from flexheads.errors import CheckpointError, UnsupportedError
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import randomise, tiny_model, tiny_output, tiny_static
+
+from .classifiers import COMMON, KINDS, add, classifier, each_kind
 
 METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
+    **COMMON,
     "parallel": flexheads.ParBnConfig(scaling="learned", reduction_factor=4),
-    "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
-    "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True),
     "gated": flexheads.LoRAConfig(use_gating=True),
     "invertible": "seq_bn_inv",
 }
-KINDS = ("flexible", "static")
 LOADERS: dict[str, Any] = {
     "flexible": flexheads.BertModelWithHeads,
     "static": flexheads.AutoModelForSequenceClassification,
 }
-
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +44,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def build(kind: str) -> Any:
     """A model with every method, a head of every common type, and something active."""
+    model = classifier(kind)
     if kind == "flexible":
-        model = randomise(tiny_model("bert"), std=0.1)
-        model.add_classification_head("head", num_labels=3)
         model.add_tagging_head("tags", num_labels=5)
         model.add_masked_lm_head("lm")
         randomise(model.heads, std=0.2)
         model.active_head = "head"
-    else:
-        model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3))
     for seed, (name, config) in enumerate(METHODS.items()):
-        model.add_adapter(name, config)
-        randomise(model.adapters[name], std=0.2, seed=seed)
+        add(model, config, name, seed)
     model.set_active_adapters("houlsby")
     return model
 
@@ -71,11 +63,6 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[str, A
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
     return request.param, model, directory
-
-
-@torch.no_grad()
-def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    return model(**tiny_inputs(model.config), **kwargs).logits
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -118,8 +105,10 @@ def test_what_is_added_to_a_loaded_model_holds_the_values_of_its_initialisation(
     assert (part.lora_B == 0).all()
     assert part.lora_A.std() > 0.05
     assert torch.equal(
-        logits(model, adapter_names="lora", **({"head": "head"} if kind == "flexible" else {})),
-        logits(model, **({"head": "head"} if kind == "flexible" else {})),
+        tiny_output(
+            model, adapter_names="lora", **({"head": "head"} if kind == "flexible" else {})
+        ),
+        tiny_output(model, **({"head": "head"} if kind == "flexible" else {})),
     )
 
 
@@ -137,7 +126,7 @@ def test_adapters_and_heads_have_the_dtype_of_the_loaded_model(
         randomise(model.adapters[name], std=0.2)
     assert {p.dtype for p in model.parameters()} == {dtype}
     for name in METHODS:
-        found = logits(model, adapter_names=name)
+        found = tiny_output(model, adapter_names=name)
         assert found.dtype == dtype
         assert torch.isfinite(found).all()
     model.save_pretrained(tmp_path)
@@ -160,7 +149,7 @@ def test_what_is_added_is_in_the_mode_of_the_model(kind: str, training: bool) ->
     if not training:
         randomise(model.adapters["later"], std=0.5)
         names = {"adapter_names": "later"}
-        assert torch.equal(logits(model, **names), logits(model, **names))
+        assert torch.equal(tiny_output(model, **names), tiny_output(model, **names))
 
 
 @each_kind
@@ -187,9 +176,11 @@ def test_a_saved_model_comes_back_with_every_value(saved: tuple[str, Any, Path])
     assert_same(again.state_dict(), model.state_dict())
     assert again.adapters.keys() == model.adapters.keys()
     assert again.active_adapters == model.active_adapters
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(tiny_output(again), tiny_output(model))
     for name in METHODS:
-        assert torch.equal(logits(again, adapter_names=name), logits(model, adapter_names=name))
+        assert torch.equal(
+            tiny_output(again, adapter_names=name), tiny_output(model, adapter_names=name)
+        )
     assert not again.training
     assert not any(module.training for module in again.modules())
 
@@ -217,7 +208,7 @@ def test_a_saved_static_model_loads_bit_equal_into_its_plain_class(
     if kind == "flexible":
         pytest.skip("has no static head")
     plain_model = transformers.BertForSequenceClassification.from_pretrained(directory)
-    assert torch.equal(logits(plain_model), logits(model, adapter_names=[]))
+    assert torch.equal(tiny_output(plain_model), tiny_output(model, adapter_names=[]))
 
 
 def test_parameters_are_saved_under_their_own_names(saved: tuple[str, Any, Path]) -> None:
@@ -249,7 +240,7 @@ def test_saving_an_adapter_beside_a_whole_model_is_refused(kind: str, tmp_path: 
         model.save_adapter(tmp_path, "lora")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     model.save_adapter(tmp_path / "lora", "lora")
-    assert torch.equal(logits(LOADERS[kind].from_pretrained(tmp_path)), logits(model))
+    assert torch.equal(tiny_output(LOADERS[kind].from_pretrained(tmp_path)), tiny_output(model))
     transformers.AutoModel.from_pretrained(tmp_path)
 
 
@@ -261,7 +252,7 @@ def test_a_sharded_model_comes_back(kind: str, tmp_path: Path) -> None:
     assert len(shards) > 3
     again = LOADERS[kind].from_pretrained(tmp_path)
     assert_same(again.state_dict(), model.state_dict())
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(tiny_output(again), tiny_output(model))
     assert_same(
         transformers.BertModel.from_pretrained(tmp_path).state_dict(), model.bert.state_dict()
     )
@@ -289,12 +280,12 @@ def test_a_saved_configuration_says_nothing_of_ours_once_adapters_are_gone(
 @each_kind
 def test_transformers_own_adapter_methods_still_work(kind: str) -> None:
     peft = pytest.importorskip("peft")
-    ours = {name: logits(build(kind), adapter_names=name) for name in METHODS}
+    ours = {name: tiny_output(build(kind), adapter_names=name) for name in METHODS}
     model = build(kind)
     tensors = {name: adapter.state_dict() for name, adapter in model.adapters.items()}
     for name in METHODS:
         model.delete_adapter(name)
-    bare = logits(model)
+    bare = tiny_output(model)
     settings = {"r": 4, "init_lora_weights": False}
     model.add_adapter(peft.LoraConfig(target_modules=["query"], **settings), "theirs")
     model.add_adapter(
@@ -303,29 +294,29 @@ def test_transformers_own_adapter_methods_still_work(kind: str) -> None:
     assert set(model.peft_config) == {"theirs", "more"}
     assert len(model.adapters) == 0
     model.set_adapter("theirs")
-    with_theirs = logits(model)
+    with_theirs = tiny_output(model)
     assert not torch.equal(with_theirs, bare)
     for name, config in METHODS.items():
         model.add_adapter(name, config)
         model.adapters[name].load_state_dict(tensors[name])
-        assert not torch.equal(logits(model, adapter_names=name), with_theirs)
+        assert not torch.equal(tiny_output(model, adapter_names=name), with_theirs)
     model.disable_adapters()
-    assert torch.equal(logits(model), bare)
+    assert torch.equal(tiny_output(model), bare)
     for name in METHODS:
-        assert torch.equal(logits(model, adapter_names=name), ours[name])
+        assert torch.equal(tiny_output(model, adapter_names=name), ours[name])
     model.enable_adapters()
     assert len(model.get_adapter_state_dict("theirs")) == 4
     for name in ("theirs", "more"):
         model.delete_adapter(name)
     for name in METHODS:
-        assert torch.equal(logits(model, adapter_names=name), ours[name])
+        assert torch.equal(tiny_output(model, adapter_names=name), ours[name])
 
 
 @each_kind
 def test_peft_is_kept_from_changing_adapters_that_are_there(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = build(kind)
-    before, keys = logits(model), list(model.state_dict())
+    before, keys = tiny_output(model), list(model.state_dict())
     config = peft.LoraConfig(target_modules="all-linear")
     for call in (
         lambda: model.add_adapter(config, "theirs"),
@@ -336,7 +327,7 @@ def test_peft_is_kept_from_changing_adapters_that_are_there(kind: str, tmp_path:
         with pytest.raises(UnsupportedError, match="Add those of PEFT first"):
             call()
     assert list(model.state_dict()) == keys
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny_output(model), before)
 
 
 @each_kind
@@ -368,5 +359,5 @@ def test_transformers_own_load_adapter_still_works(tmp_path: Path) -> None:
     ):
         model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3))
         model.load_adapter(**call)
-        assert torch.equal(logits(model), logits(theirs))
+        assert torch.equal(tiny_output(model), tiny_output(theirs))
         assert len(model.adapters) == 0

@@ -11,33 +11,26 @@ import torch
 import transformers
 
 import flexheads
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import randomise, tiny_inputs
+
+from .classifiers import COMMON, add, classifier, each_kind
 
 METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
+    **COMMON,
     "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.5),
     "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True, dropout=0.1),
     "prefix": flexheads.PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
 }
-KINDS = ("flexible", "static")
 Gradients = dict[str, torch.Tensor]
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
 each_mode = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 
 
 def build(kind: str, *methods: str) -> Any:
     """A tiny random model in training mode with frozen backbone and trainable adapters."""
-    if kind == "flexible":
-        model = randomise(tiny_model("bert"), std=0.1)
-        model.add_classification_head("head", num_labels=3)
-    else:
-        model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3))
+    model = classifier(kind)
     for seed, method in enumerate(methods):
-        model.add_adapter(method, METHODS[method])
-        randomise(model.adapters[method], std=0.2, seed=seed)
+        add(model, METHODS[method], method, seed)
     return prepare(model)
 
 

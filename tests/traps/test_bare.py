@@ -20,30 +20,20 @@ from torch import nn
 import flexheads
 from flexheads.errors import UnknownNameError, UnsupportedError
 from flexheads.models.adapters.mixin import AdapterModelMixin
-from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_output, tiny_static
 
-METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
-    "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
-    "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True),
-}
-KINDS = ("flexible", "static")
+from . import classifiers
+from .classifiers import COMMON, KINDS, classifier, each_kind
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Where hooks are; notes on how they are called stay, see `flexheads.sites.hooking`."""
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
-each_method = pytest.mark.parametrize("method", METHODS)
+each_method = pytest.mark.parametrize("method", COMMON)
 
 
 def build(kind: str, *methods: str, active: str | None = None) -> Any:
     """A tiny random model with an adapter of each method, under the method's name."""
-    if kind == "flexible":
-        model = randomise(tiny_model("bert"), std=0.1)
-        model.add_classification_head("head", num_labels=3)
-    else:
-        model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3))
+    model = classifier(kind)
     for method in methods:
         add(model, method)
     model.set_active_adapters(active)
@@ -51,15 +41,7 @@ def build(kind: str, *methods: str, active: str | None = None) -> Any:
 
 
 def add(model: Any, method: str, name: str | None = None) -> None:
-    """Adds an adapter that is random enough to matter."""
-    name = method if name is None else name
-    model.add_adapter(name, METHODS[method])
-    randomise(model.adapters[name], std=0.2, seed=len(model.adapters))
-
-
-@torch.no_grad()
-def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    return model(**tiny_inputs(model.config), **kwargs).logits
+    classifiers.add(model, COMMON[method], name or method, seed=len(model.adapters) + 1)
 
 
 def hooks(model: nn.Module) -> list[Any]:
@@ -94,15 +76,15 @@ def test_no_active_adapter_is_bit_equal_to_the_bare_backbone(method: str) -> Non
 def test_no_active_adapter_is_bit_equal_to_the_bare_static_model(method: str) -> None:
     bare = tiny_static("BertForSequenceClassification", num_labels=3)
     model = build("static", method)
-    assert torch.equal(logits(model), logits(bare))
-    assert torch.equal(logits(model, adapter_names=[]), logits(bare))
-    assert not torch.equal(logits(model, adapter_names=method), logits(bare))
+    assert torch.equal(tiny_output(model), tiny_output(bare))
+    assert torch.equal(tiny_output(model, adapter_names=[]), tiny_output(bare))
+    assert not torch.equal(tiny_output(model, adapter_names=method), tiny_output(bare))
 
 
 @each_kind
 def test_state_dict_keys_of_the_backbone_keep_names_and_order(kind: str) -> None:
     bare = transformers.BertForSequenceClassification(tiny_config("bert", num_labels=3))
-    model = build(kind, *METHODS, active="lora")
+    model = build(kind, *COMMON, active="lora")
     assert list(model.bert.state_dict()) == list(bare.bert.state_dict())
     assert [n for n, _ in model.bert.named_modules()] == [n for n, _ in bare.bert.named_modules()]
     own = [key for key in model.state_dict() if not key.startswith(("adapters.", "heads."))]
@@ -114,8 +96,8 @@ def test_state_dict_keys_of_the_backbone_keep_names_and_order(kind: str) -> None
 def test_the_backbone_is_an_unmodified_transformers_object(kind: str) -> None:
     bare = transformers.BertModel(tiny_config("bert"))
     classes = {type(module): dict(vars(type(module))) for module in bare.modules()}
-    model = build(kind, *METHODS, active="houlsby")
-    logits(model)
+    model = build(kind, *COMMON, active="houlsby")
+    tiny_output(model)
     for (path, module), original in zip(model.bert.named_modules(), bare.modules(), strict=True):
         assert type(module) is type(original), path
         assert "forward" not in vars(module), path
@@ -152,28 +134,28 @@ def test_deleting_the_last_adapter_leaves_no_hook_and_bit_equal_outputs(
     kind: str, method: str
 ) -> None:
     model = build(kind)
-    before = logits(model)
+    before = tiny_output(model)
     assert hooks(model) == []
     add(model, method)
     model.set_active_adapters(method)
-    assert not torch.equal(logits(model), before)
+    assert not torch.equal(tiny_output(model), before)
     assert hooks(model)
     model.delete_adapter(method)
     assert hooks(model) == []
     assert model.active_adapters is None
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny_output(model), before)
     assert not [key for key in model.state_dict() if key.startswith("adapters.")]
 
 
 @each_kind
 def test_deleting_one_adapter_keeps_the_hooks_that_others_rely_on(kind: str) -> None:
-    model = build(kind, *METHODS)
-    expected = {name: logits(model, adapter_names=name) for name in METHODS}
-    left = list(METHODS)
+    model = build(kind, *COMMON)
+    expected = {name: tiny_output(model, adapter_names=name) for name in COMMON}
+    left = list(COMMON)
     while left:
         model.delete_adapter(left.pop(0))
         for name in left:
-            assert torch.equal(logits(model, adapter_names=name), expected[name])
+            assert torch.equal(tiny_output(model, adapter_names=name), expected[name])
     assert hooks(model) == []
 
 
@@ -182,11 +164,11 @@ def test_deleting_one_adapter_keeps_the_hooks_that_others_rely_on(kind: str) -> 
 
 def test_init_twice_changes_nothing() -> None:
     model = build("static", "houlsby", active="houlsby")
-    before, count, kind = logits(model), len(hooks(model)), type(model)
+    before, count, kind = tiny_output(model), len(hooks(model)), type(model)
     assert flexheads.init(model) is model
     assert type(model) is kind
     assert len(hooks(model)) == count
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny_output(model), before)
     flexible = build("flexible")
     assert flexheads.init(flexible) is flexible
 
@@ -236,7 +218,7 @@ def used(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A model that has been called, with an active adapter and plans in its cache."""
     model = build(request.param, "houlsby", "parallel", "lora", active="houlsby")
     for names in ("parallel", "lora", ["houlsby", "lora"], []):
-        logits(model, adapter_names=names)
+        tiny_output(model, adapter_names=names)
     assert model._attachment.runtime.plans
     return model
 
@@ -244,43 +226,43 @@ def used(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_answers_as_the_original_and_is_independent(used: Any, way: str) -> None:
     names = ("houlsby", "parallel", "lora", [])
-    before = {str(n): logits(used, adapter_names=n) for n in names}
+    before = {str(n): tiny_output(used, adapter_names=n) for n in names}
     twin = COPIES[way](used)
     assert type(twin) is type(used)
     assert repr(twin.active_adapters) == repr(used.active_adapters)
-    assert torch.equal(logits(twin), logits(used))
+    assert torch.equal(tiny_output(twin), tiny_output(used))
     for n in names:
-        assert torch.equal(logits(twin, adapter_names=n), before[str(n)])
+        assert torch.equal(tiny_output(twin, adapter_names=n), before[str(n)])
     # The copy's hooks call the copy's adapters, and only those.
     for adapter in twin.adapters.values():
         randomise(adapter, std=0.5, seed=9)
     for n in names[:-1]:
-        assert not torch.equal(logits(twin, adapter_names=n), before[str(n)])
-        assert torch.equal(logits(used, adapter_names=n), before[str(n)])
+        assert not torch.equal(tiny_output(twin, adapter_names=n), before[str(n)])
+        assert torch.equal(tiny_output(used, adapter_names=n), before[str(n)])
     shared = {p.data_ptr() for p in used.parameters()} & {p.data_ptr() for p in twin.parameters()}
     assert not shared
 
 
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_adds_and_deletes_adapters_of_its_own(used: Any, way: str) -> None:
-    before, count = logits(used), len(hooks(used))
-    bare = logits(used, adapter_names=[])
+    before, count = tiny_output(used), len(hooks(used))
+    bare = tiny_output(used, adapter_names=[])
     twin = COPIES[way](used)
     assert len(hooks(twin)) == count
     add(twin, "adapterplus")
-    assert not torch.equal(logits(twin, adapter_names="adapterplus"), bare)
+    assert not torch.equal(tiny_output(twin, adapter_names="adapterplus"), bare)
     assert "adapterplus" not in used.adapters
     assert len(hooks(used)) == count
     for name in list(twin.adapters):
         twin.delete_adapter(name)
     assert hooks(twin) == []
-    assert torch.equal(logits(twin), bare)
+    assert torch.equal(tiny_output(twin), bare)
     assert len(hooks(used)) == count
-    assert torch.equal(logits(used), before)
+    assert torch.equal(tiny_output(used), before)
 
 
 def test_training_a_copy_leaves_the_original_alone(used: Any) -> None:
-    before = logits(used)
+    before = tiny_output(used)
     twin = copy.deepcopy(used)
     twin.train_adapter("houlsby")
     loss = twin(**tiny_inputs(twin.config), labels=torch.tensor([0, 1, 2])).loss
@@ -290,18 +272,18 @@ def test_training_a_copy_leaves_the_original_alone(used: Any) -> None:
     assert touched
     assert all(n.startswith(("adapters.houlsby.", "heads.", "classifier.")) for n in touched)
     torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1.0).step()
-    assert not torch.equal(logits(twin), before)
-    assert torch.equal(logits(used), before)
+    assert not torch.equal(tiny_output(twin), before)
+    assert torch.equal(tiny_output(used), before)
 
 
 @pytest.mark.parametrize("names", [["houlsby", "lora"], flexheads.Rows(["lora", None, "houlsby"])])
 def test_a_copy_keeps_an_active_composition(used: Any, names: Any) -> None:
     used.set_active_adapters(names)
-    before = logits(used)
+    before = tiny_output(used)
     for way in COPIES.values():
         twin = way(used)
         assert twin.active_adapters == used.active_adapters
-        assert torch.equal(logits(twin), before)
+        assert torch.equal(tiny_output(twin), before)
 
 
 IN_ANOTHER_PROCESS = """
@@ -320,7 +302,7 @@ def test_a_saved_model_object_loads_in_another_process(tmp_path: Path) -> None:
     for kind in KINDS:
         model = build(kind, "houlsby", active="houlsby")
         files.append(tmp_path / f"{kind}.pt")
-        torch.save((model, tiny_inputs(model.config), logits(model)), files[-1])
+        torch.save((model, tiny_inputs(model.config), tiny_output(model)), files[-1])
     command = [sys.executable, "-c", textwrap.dedent(IN_ANOTHER_PROCESS), *map(str, files)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -13,19 +13,11 @@ from torch import nn
 
 import flexheads
 from flexheads.errors import CompositionError, FlexheadsError, LabelError, UnknownNameError
-from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import randomise, tiny_inputs, tiny_model, tiny_output, tiny_static
 
-METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
-    "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
-    "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True),
-}
-KINDS = ("flexible", "static")
+from .classifiers import COMMON, add, each_kind
+
 THREADS, CALLS = 8, 20
-
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +28,8 @@ def models() -> dict[str, Any]:
     flexible.add_tagging_head("tags", num_labels=5)
     static = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3))
     for model in (flexible, static):
-        for seed, (name, config) in enumerate(METHODS.items()):
-            model.add_adapter(name, config)
-            randomise(model.adapters[name], std=0.2, seed=seed)
+        for seed, (name, config) in enumerate(COMMON.items()):
+            add(model, config, name, seed)
     return {"flexible": flexible, "static": static}
 
 
@@ -54,16 +45,11 @@ def model(models: dict[str, Any], kind: str) -> Iterator[Any]:
 
 def calls_of(kind: str) -> list[dict[str, Any]]:
     """Different calls, each with its own setup and head."""
-    setups = [*METHODS, [], ["houlsby", "lora"], flexheads.Rows(["lora", None, "houlsby"])]
+    setups = [*COMMON, [], ["houlsby", "lora"], flexheads.Rows(["lora", None, "houlsby"])]
     if kind == "static":
         return [{"adapter_names": setup} for setup in setups]
     heads = ["classes", "tags"]
     return [{"adapter_names": setup, "head": head} for setup in setups for head in heads]
-
-
-@torch.no_grad()
-def logits(model: Any, **kwargs: Any) -> torch.Tensor:
-    return model(**tiny_inputs(model.config), **kwargs).logits
 
 
 # --- threads ---------------------------------------------------------------------------------
@@ -74,7 +60,7 @@ def test_threads_with_their_own_setups_get_the_single_threaded_answers(
     model: Any, kind: str, in_threads: Callable[..., Any]
 ) -> None:
     calls = calls_of(kind)
-    expected = [logits(model, **call) for call in calls]
+    expected = [tiny_output(model, **call) for call in calls]
     model._changed()  # so that the threads resolve the plans too
 
     def work(number: int) -> int:
@@ -82,7 +68,7 @@ def test_threads_with_their_own_setups_get_the_single_threaded_answers(
         wrong = 0
         for _ in range(CALLS):
             index = generator.randrange(len(calls))
-            wrong += not torch.equal(logits(model, **calls[index]), expected[index])
+            wrong += not torch.equal(tiny_output(model, **calls[index]), expected[index])
         return wrong
 
     assert in_threads(work, THREADS) == [0] * THREADS
@@ -98,7 +84,7 @@ def test_threads_that_train_get_the_single_threaded_gradients(
         loss = model(**inputs, labels=labels, adapter_names=name).loss
         return list(torch.autograd.grad(loss, list(model.adapters[name].parameters())))
 
-    names = list(METHODS)
+    names = list(COMMON)
     expected = {name: gradients(name) for name in names}
 
     def work(number: int) -> bool:
@@ -116,7 +102,7 @@ def test_threads_that_train_get_the_single_threaded_gradients(
 def test_what_another_thread_activates_meanwhile_counts_from_the_next_call(
     model: Any, kind: str
 ) -> None:
-    expected = {name: logits(model, adapter_names=name) for name in METHODS}
+    expected = {name: tiny_output(model, adapter_names=name) for name in COMMON}
 
     def activate(name: str | None) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -126,13 +112,13 @@ def test_what_another_thread_activates_meanwhile_counts_from_the_next_call(
 
         return hook
 
-    for before, after in zip(METHODS, [*list(METHODS)[1:], "pfeiffer"], strict=True):
+    for before, after in zip(COMMON, [*list(COMMON)[1:], "pfeiffer"], strict=True):
         for path in ("bert.embeddings", "bert.encoder.layer.0.output", "bert.encoder.layer.1"):
             model.set_active_adapters(before)
             handle = model.get_submodule(path).register_forward_pre_hook(activate(after))
-            assert torch.equal(logits(model), expected[before])
+            assert torch.equal(tiny_output(model), expected[before])
             handle.remove()
-            assert torch.equal(logits(model), expected[after])
+            assert torch.equal(tiny_output(model), expected[after])
 
 
 def test_adapter_and_head_that_are_switched_together_never_mix() -> None:
@@ -141,7 +127,7 @@ def test_adapter_and_head_that_are_switched_together_never_mix() -> None:
         model.add_classification_head(name, num_labels=3 + number)
         model.add_adapter(name, method)
         randomise(model.adapters[name], std=0.2)
-    legal = {3 + n: logits(model, adapter_names=x, head=x) for n, x in enumerate("ab")}
+    legal = {3 + n: tiny_output(model, adapter_names=x, head=x) for n, x in enumerate("ab")}
     model.set_active_adapters("a")
     done = threading.Event()
 
@@ -153,7 +139,7 @@ def test_adapter_and_head_that_are_switched_together_never_mix() -> None:
     switcher.start()
     try:
         for _ in range(CALLS):
-            found = logits(model)
+            found = tiny_output(model)
             assert torch.equal(found, legal[found.shape[-1]])
     finally:
         done.set()
@@ -164,7 +150,7 @@ def test_adapter_and_head_that_are_switched_together_never_mix() -> None:
 def test_adding_and_deleting_adapters_does_not_disturb_calls_of_others(
     model: Any, kind: str, in_threads: Callable[..., Any]
 ) -> None:
-    expected = logits(model, adapter_names="lora")
+    expected = tiny_output(model, adapter_names="lora")
 
     def work(number: int) -> bool:
         if number == 0:
@@ -172,7 +158,9 @@ def test_adding_and_deleting_adapters_does_not_disturb_calls_of_others(
                 model.add_adapter(f"new{round_}", "lora")
                 model.delete_adapter(f"new{round_}")
             return True
-        return all(torch.equal(logits(model, adapter_names="lora"), expected) for _ in range(20))
+        return all(
+            torch.equal(tiny_output(model, adapter_names="lora"), expected) for _ in range(20)
+        )
 
     assert all(in_threads(work, THREADS))
 
@@ -198,7 +186,7 @@ class Stumble(Exception):
 )
 def test_a_call_that_fails_leaves_nothing_behind(model: Any, kind: str, path: str) -> None:
     calls = calls_of(kind)[-4:]
-    expected = [logits(model, **call) for call in calls]
+    expected = [tiny_output(model, **call) for call in calls]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     setup = model.active_adapters
     for names in ("parallel", "adapterplus", flexheads.Rows(["parallel", None, "houlsby"])):
@@ -211,7 +199,7 @@ def test_a_call_that_fails_leaves_nothing_behind(model: Any, kind: str, path: st
             )
         ]
         with pytest.raises(Stumble):
-            logits(model, adapter_names=names)
+            tiny_output(model, adapter_names=names)
         for handle in handles:
             handle.remove()
         assert model.active_adapters == setup
@@ -219,7 +207,7 @@ def test_a_call_that_fails_leaves_nothing_behind(model: Any, kind: str, path: st
         assert thread.plan is None
         assert thread.values == {}
         assert all(
-            torch.equal(logits(model, **call), answer)
+            torch.equal(tiny_output(model, **call), answer)
             for call, answer in zip(calls, expected, strict=True)
         )
     after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
@@ -233,7 +221,7 @@ def _raise(*_: Any) -> None:
 @each_kind
 def test_refused_calls_leave_nothing_behind(model: Any, kind: str) -> None:
     model.set_active_adapters("houlsby")
-    expected = logits(model)
+    expected = tiny_output(model)
     refused: list[tuple[dict[str, Any], type[FlexheadsError]]] = [
         ({"adapter_names": "nosuch"}, UnknownNameError),
         ({"adapter_names": ["houlsby", "nosuch"]}, UnknownNameError),
@@ -247,8 +235,8 @@ def test_refused_calls_leave_nothing_behind(model: Any, kind: str) -> None:
         ]
     for call, error in refused:
         with pytest.raises(error):
-            logits(model, **call)
-        assert torch.equal(logits(model), expected)
+            tiny_output(model, **call)
+        assert torch.equal(tiny_output(model), expected)
     thread = model._attachment.runtime.thread
     assert thread.plan is None
     assert thread.values == {}
@@ -256,6 +244,6 @@ def test_refused_calls_leave_nothing_behind(model: Any, kind: str) -> None:
 
 @each_kind
 def test_nothing_of_a_call_is_kept_alive_after_it(model: Any, kind: str) -> None:
-    for name in METHODS:
+    for name in COMMON:
         model(**tiny_inputs(model.config), adapter_names=name)
         assert model._attachment.runtime.thread.values == {}

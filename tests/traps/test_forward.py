@@ -10,41 +10,25 @@ import torch
 import transformers
 
 import flexheads
-from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
+from flexheads.testing import tiny_config, tiny_inputs
 
-METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
-    "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
-    "lora": flexheads.LoRAConfig(intermediate_lora=True, output_lora=True),
-    "invertible": "seq_bn_inv",
-}
-KINDS = ("flexible", "static")
+from . import classifiers
+from .classifiers import COMMON, classifier, each_kind, plain
+
+METHODS = {**COMMON, "invertible": "seq_bn_inv"}
 CAPTURE = {"output_hidden_states": True, "output_attentions": True}
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def bare(kind: str, **changes: Any) -> Any:
-    """A tiny random model that has no adapter support yet, or no adapter."""
-    if kind == "static":
-        return tiny_static("BertForSequenceClassification", num_labels=3, **changes)
-    model = randomise(tiny_model("bert", **changes), std=0.1)
-    model.add_classification_head("head", num_labels=3)
-    return model
-
-
 def add(model: Any, *methods: str) -> None:
-    """Adds adapters that are random enough to matter, each always with the same weights."""
+    """Adds adapters, each always with the same weights."""
     for method in methods:
-        model.add_adapter(method, METHODS[method])
-        randomise(model.adapters[method], std=0.2, seed=list(METHODS).index(method))
+        classifiers.add(model, METHODS[method], method, seed=list(METHODS).index(method))
 
 
 def build(kind: str, *methods: str, active: str | None = None, **changes: Any) -> Any:
-    model = flexheads.init(bare(kind, **changes))
+    model = classifier(kind, **changes)
     add(model, *methods)
     model.set_active_adapters(active)
     return model
@@ -103,7 +87,7 @@ def test_adapters_show_in_captured_hidden_states(kind: str, method: str) -> None
 @each_method
 def test_adapters_added_after_a_capturing_call_act_and_show(kind: str, method: str) -> None:
     expected = call(build(kind, method, active=method, attn_implementation="eager"), **CAPTURE)
-    model = bare(kind, attn_implementation="eager")
+    model = plain(kind, attn_implementation="eager")
     call(model, **CAPTURE)
     model = flexheads.init(model)
     call(model, **CAPTURE)
@@ -156,7 +140,7 @@ def test_a_forward_on_the_instance_silences_nothing(
     reference = build(kind, *names)
     expected = {name: call(reference, adapter_names=name).logits for name in names}
     without = call(reference).logits
-    model = bare(kind)
+    model = plain(kind)
     if when == "before_init":
         wrap(model)
     model = flexheads.init(model)
@@ -179,7 +163,7 @@ def test_a_forward_on_the_instance_silences_nothing(
 
 @each_kind
 def test_adapters_on_an_offloaded_model_hold_values_and_take_gradients(kind: str) -> None:
-    model = flexheads.init(offload(bare(kind)))
+    model = flexheads.init(offload(plain(kind)))
     assert model.bert.pooler.dense.weight.is_meta
     add(model, "parallel")
     if kind == "flexible":

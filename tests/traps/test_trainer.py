@@ -16,12 +16,11 @@ from transformers import Trainer, TrainingArguments
 import flexheads
 from flexheads.testing import randomise, tiny_config, tiny_inputs, tiny_model, tiny_static
 
+from .classifiers import NO_DROPOUT, classifier, each_kind
+
 pytest.importorskip("accelerate")
 
-KINDS = ("flexible", "static")
 ROWS, BATCH = 12, 4
-
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -45,14 +44,13 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 def build(kind: str) -> Any:
     """A model without dropout; one adapter is to be trained, another stays as it is."""
-    free = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if kind == "flexible":
-        model = randomise(tiny_model("bert", **free), std=0.1)
+        model = randomise(tiny_model("bert", **NO_DROPOUT), std=0.1)
         for name in ("other", "task"):
             model.add_classification_head(name, num_labels=3)
             randomise(model.heads[name], std=0.1)
     else:
-        model = flexheads.init(tiny_static("BertForSequenceClassification", num_labels=3, **free))
+        model = classifier(kind, **NO_DROPOUT)
     for seed, (name, config) in enumerate({"other": "lora", "task": "houlsby"}.items()):
         model.add_adapter(name, config)
         randomise(model.adapters[name], std=0.1, seed=seed)

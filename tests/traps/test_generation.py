@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 import flexheads
-from flexheads.testing import randomise, tiny_static
+from flexheads.testing import tiny_static
+
+from .classifiers import COMMON, add
 
 METHODS: dict[str, Any] = {
-    "pfeiffer": "pfeiffer",
-    "houlsby": "houlsby",
-    "parallel": "par_bn",
-    "adapterplus": flexheads.AdapterPlusConfig(reduction_factor=8),
+    **COMMON,
     "lora": flexheads.LoRAConfig(attn_matrices=["q", "k", "v"], output_lora=True),
     "prefix": flexheads.PrefixTuningConfig(prefix_length=3, bottleneck_size=8),
     "invertible": "seq_bn_inv",
@@ -30,8 +29,7 @@ def loaded() -> Any:
     """A decoder with every method. Read only, but for what is active."""
     model = flexheads.init(decoder())
     for seed, (name, config) in enumerate(METHODS.items()):
-        model.add_adapter(name, config)
-        randomise(model.adapters[name], std=0.2, seed=seed)
+        add(model, config, name, seed)
     return model
 
 
