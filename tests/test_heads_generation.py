@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import threading
 from typing import Any
@@ -431,6 +432,25 @@ def test_whole_models_keep_how_they_generate(pair: Any, tmp_path: Any) -> None:
     assert other.generation_config.max_new_tokens == 2
     with pytest.raises(ConfigError, match="generation_config"):
         type(model).from_pretrained(tmp_path, generation_config={"max_new_tokens": 2})
+
+
+@pytest.mark.parametrize("told", [{}, {"num_beams": 3, "eos_token_id": 7}])
+def test_without_a_file_of_its_own_the_configuration_says_how_to_generate(
+    told: dict[str, Any], pair: Any, tmp_path: Any
+) -> None:
+    static, _ = pair
+    static.base_model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **told}), "utf-8")
+    usual = transformers.GenerationConfig.from_pretrained(
+        tmp_path, config_file_name="config.json", _from_model_config=True
+    )
+    ours = flexheads.AutoModelWithHeads.from_pretrained(tmp_path).generation_config
+    # What is false is false whether it is told or not.
+    own, expected = ({k: v for k, v in each.to_dict().items() if v} for each in (ours, usual))
+    assert own | {"transformers_version": ""} == expected | {"transformers_version": ""}
+    assert told.items() <= own.items()
 
 
 def test_labels_are_checked_and_the_loss_is_that_of_transformers(pair: Any) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from flexheads.errors import ConfigError
 from flexheads.models.generating.generate import GenerationWithHeadsMixin, generates
@@ -108,14 +108,29 @@ def configure_generation(
         return
     if given is not None and not isinstance(given, GenerationConfig):
         raise ConfigError(f"generation_config should be a GenerationConfig, not {given!r}.")
-    model.generation_config = _saved(path, kwargs) if given is None else copy.deepcopy(given)
+    saved = _saved(model, path, kwargs) if given is None else copy.deepcopy(given)
+    model.generation_config = saved
 
 
-def _saved(path: str, kwargs: Mapping[str, Any]) -> GenerationConfig:
+def _saved(model: Any, path: str, kwargs: Mapping[str, Any]) -> GenerationConfig:
     hub = hub_arguments(kwargs)
     try:
         return GenerationConfig.from_pretrained(path, **hub)
     except OSError:
-        return GenerationConfig.from_pretrained(
-            path, config_file_name="config.json", _from_model_config=True, **hub
-        )
+        told, _ = PretrainedConfig.get_config_dict(path, **hub)
+        if _adds_nothing(told, model):
+            own: GenerationConfig = model.generation_config
+            return own
+        return GenerationConfig.from_model_config(told)
+
+
+def _adds_nothing(told: Mapping[str, Any], model: Any) -> bool:
+    """Whether a file says no more of generation than the model's configuration has taken in.
+
+    So it is nearly always, and to make a configuration of it once more would take a while.
+    """
+    if not told.keys().isdisjoint(("decoder", "generator", "text_config")):
+        return False
+    known = vars(model.config)
+    about = told.keys() & vars(model.generation_config).keys()
+    return all(name in known and known[name] == told[name] for name in about)
