@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from flexheads.sites.banks import Bank
-from flexheads.sites.rows import Chosen
+from flexheads.sites.direct import quiet
+from flexheads.sites.shelf import Weights
 
 if TYPE_CHECKING:
     from flexheads.methods.bottleneck import Bottleneck
@@ -20,33 +20,49 @@ if TYPE_CHECKING:
 class BottleneckBank(Bank["Bottleneck"]):
     """Bottlenecks with plain projections, without norms and gates of their own."""
 
-    def __call__(self, chosen: Chosen, *args: Any) -> Stream:
+    def run(self, weights: Weights, factor: Tensor | float, *args: Any) -> Stream:
         """The stream of every row; see `Bottleneck.forward`."""
         stream: Stream = args[0]
         hidden, skip = self.first.enter(stream)
-        return stream.add(self.delta(chosen, hidden), skip)
+        delta = self._delta(weights, hidden)
+        if isinstance(factor, Tensor) or factor != 1:
+            delta = delta * factor
+        return stream.add(delta, skip)
 
-    def delta(self, chosen: Chosen, hidden: Tensor) -> Tensor:
+    def _delta(self, weights: Weights, hidden: Tensor) -> Tensor:
         """What is added to each row: ``(batch, sequence, width)`` both ways."""
-        first = self.first
-        inner = first.activation(self._linear(chosen, "down", hidden))
-        up: Tensor = first.dropout(self._linear(chosen, "up", inner))
-        own: Any = attrgetter("scaling")  # a number, or learned
-        if isinstance(first.scaling, nn.Parameter):
-            return up * self.stacked(own, chosen, 0.0).unsqueeze(1)
-        factor = self.factors(own, chosen, up)
-        return up * factor if isinstance(factor, Tensor) or factor != 1 else up
+        down, down_bias, up, up_bias, *learned = weights
+        activation, dropout = self.first.activation, self.first.dropout
+        activate = activation.forward if quiet(activation) else activation
+        delta = torch.baddbmm(up_bias, activate(torch.baddbmm(down_bias, hidden, down)), up)
+        if dropout.training or not quiet(dropout):
+            delta = dropout(delta)
+        for scaling in learned:
+            delta = delta * scaling
+        return delta
 
-    def _linear(self, chosen: Chosen, name: str, hidden: Tensor) -> Tensor:
-        """One of the two projections, by the weights of each row's part."""
-        weight = self.stacked(lambda part: getattr(part, name).weight, chosen)
-        bias = self.stacked(lambda part: getattr(part, name).bias, chosen).unsqueeze(1)
-        return torch.baddbmm(bias, hidden, weight.transpose(1, 2))
+    def weights(self, part: Bottleneck) -> Weights:
+        """Both projections, and the scaling where it is learned."""
+        down, up = part.down, part.up
+        learned = (part.scaling,) if isinstance(part.scaling, nn.Parameter) else ()
+        return (down.weight, down.bias, up.weight, up.bias, *learned)
 
-    def at_hand(self, chosen: Chosen) -> bool:
-        """Whether weights can be used by themselves, and no layer may be left out by chance."""
-        draws = self.first.training and self.first.config.stochastic_depth > 0.0
-        return not draws and super().at_hand(chosen)
+    def factor(self, part: Bottleneck) -> float:
+        return 1.0 if isinstance(part.scaling, nn.Parameter) else part.scaling
+
+    def folded(self, part: Bottleneck) -> Weights:
+        down, down_bias, up, up_bias, *learned = self.weights(part)
+        factor = self.factor(part)
+        if factor != 1:
+            up, up_bias = up * factor, up_bias * factor
+        for scaling in learned:
+            up, up_bias = up * scaling.unsqueeze(1), up_bias * scaling
+        return down, down_bias, up, up_bias
+
+    @property
+    def draws(self) -> bool:
+        """Whether layers are left out by chance."""
+        return self.first.training and self.first.config.stochastic_depth > 0.0
 
     def modules(self, part: Bottleneck) -> Iterable[nn.Module]:
         """The part, and its projections."""

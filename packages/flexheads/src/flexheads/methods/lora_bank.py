@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexheads.sites.banks import Bank
 from flexheads.sites.projection import Projection
-from flexheads.sites.rows import Chosen
+from flexheads.sites.shelf import Weights
 
 if TYPE_CHECKING:
     from flexheads.methods.lora_parts import Delta, Scaling
@@ -20,26 +21,40 @@ class DeltaBank(Bank["Delta"]):
 
     first: Delta
 
-    def __call__(self, chosen: Chosen, *args: object) -> Tensor:
+    def run(self, weights: Weights, factor: Tensor | float, *args: Any) -> Tensor:
         """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""
         hidden, output, projection = args
-        assert isinstance(hidden, Tensor)
-        assert isinstance(output, Tensor)
         assert isinstance(projection, Projection)
-        first = self.first
-        down, up = self.stacked_pairs(lambda part: part.factors(), chosen)
-        inner = torch.bmm(first.dropped(hidden.to(down.dtype)), down.transpose(1, 2))
-        factor = self.factors(lambda part: part.scaling, chosen, inner)
+        first, (down, up, *ratio) = self.first, weights
+        if hidden.dtype != down.dtype:
+            hidden = hidden.to(down.dtype)
+        inner = torch.bmm(first.dropped(hidden), down)
         if isinstance(factor, Tensor):
             inner, factor = inner * factor, 1.0
-        up = up.transpose(1, 2)
-        if first.m is None and output.dtype == inner.dtype:
+        if not ratio and output.dtype == inner.dtype:
             return torch.baddbmm(output, inner, up, alpha=factor)
         change = (torch.bmm(inner, up) * factor).to(output.dtype)
-        if first.m is None:
-            return output + change
-        ratio = self.stacked(lambda part: part.ratio(projection), chosen, otherwise=1.0)
-        return first.turned(output, change, ratio.unsqueeze(1), projection)
+        return first.turned(output, change, ratio[0], projection) if ratio else output + change
+
+    def weights(self, part: Delta) -> Weights:
+        factors = part.factors()
+        return factors if part.m is None else (*factors, part.ratio(self.site))
+
+    def factor(self, part: Delta) -> float:
+        return part.scaling
+
+    def folded(self, part: Delta) -> Weights:
+        down, up, *ratio = self.weights(part)
+        return (down, up if part.scaling == 1 else up * part.scaling, *ratio)
+
+    def idle(self, like: Weights) -> Weights:
+        down, up, *ratio = like
+        return (torch.zeros_like(down), torch.zeros_like(up), *map(torch.ones_like, ratio))
+
+    def read(self, part: Delta) -> Iterable[nn.Module]:
+        """What several parts share, and the projection where its weight counts."""
+        shared: Iterable[nn.Module] = getattr(part, "shared", ())
+        return shared if part.m is None else (*shared, self.site.host)
 
 
 class ScalingBank(Bank["Scaling"]):
@@ -47,9 +62,14 @@ class ScalingBank(Bank["Scaling"]):
 
     first: Scaling
 
-    def __call__(self, chosen: Chosen, *args: object) -> Tensor:
+    def run(self, weights: Weights, factor: Tensor | float, *args: Any) -> Tensor:
         """The new result of every row; see `flexheads.sites.linear.LinearPart.forward`."""
-        output = args[1]
-        assert isinstance(output, Tensor)
-        scale = self.stacked(lambda part: part.lora_B.view(-1) * part.scaling, chosen, 1.0)
-        return output * scale.unsqueeze(1).to(output.dtype)
+        output: Tensor = args[1]
+        return output * weights[0].to(output.dtype)
+
+    def weights(self, part: Scaling) -> Weights:
+        vector = part.lora_B.view(-1)
+        return (vector if part.scaling == 1 else vector * part.scaling,)
+
+    def idle(self, like: Weights) -> Weights:
+        return tuple(map(torch.ones_like, like))

@@ -9,29 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from flexheads.sites.banks import Bank
-from flexheads.sites.rows import Chosen
+from flexheads.sites.shelf import Weights
 
 if TYPE_CHECKING:
     from flexheads.methods.reft import ReftPart
+
+_EACH = 3
+"""Weights of one edit: those of the source, its bias, and the projection."""
 
 
 class ReftBank(Bank["ReftPart"]):
     """Edits behind one layer, of the same tokens and of one rank."""
 
-    def __call__(self, chosen: Chosen, *args: Any) -> Tensor:
+    def run(self, weights: Weights, factor: Tensor | float, *args: Any) -> Tensor:
         """The hidden states of every row; see `ReftPart.forward`."""
         hidden, tokens = args
-        return self.first.edited(hidden, tokens, lambda *own: self._change(chosen, *own))
+        return self.first.edited(hidden, tokens, lambda *own: self._change(weights, *own))
 
-    def _change(self, chosen: Chosen, number: int, states: Tensor) -> Tensor:
+    def _change(self, weights: Weights, number: int, states: Tensor) -> Tensor:
         """What one of the edits adds: ``(batch, positions, width)`` both ways."""
-        own: Any = lambda part: part.units[number]  # noqa: E731
-        weight = self.stacked(lambda part: own(part).learned_source.weight, chosen)
-        bias = self.stacked(lambda part: own(part).learned_source.bias, chosen).unsqueeze(1)
-        rows = self.stacked(lambda part: own(part).projection(), chosen).to(states.dtype)
-        source = torch.baddbmm(bias, states, weight.transpose(1, 2))
-        change: Tensor = own(self.first).finished(states, source, rows)
-        return change * self.factors(lambda part: 1.0, chosen, change)
+        weight, bias, rows = weights[_EACH * number :][:_EACH]
+        source = torch.baddbmm(bias, states, weight)
+        unit: Any = self.first.units[number]
+        change: Tensor = unit.finished(states, source, rows.transpose(1, 2).to(states.dtype))
+        return change
+
+    def weights(self, part: ReftPart) -> Weights:
+        units: Any = part.units
+        sources = [(unit.learned_source, unit.projection()) for unit in units]
+        return tuple(w for own, rows in sources for w in (own.weight, own.bias, rows))
 
     def modules(self, part: ReftPart) -> Iterable[nn.Module]:
         """The part, its edits, and what they multiply with."""

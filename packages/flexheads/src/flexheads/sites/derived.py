@@ -16,32 +16,46 @@ from torch.utils.hooks import RemovableHandle
 T = TypeVar("T")
 
 
-Checked = set["_Kept[Any]"] | None
-"""What was found to be as it was, since a call began; None outside of any call."""
+class Notes:
+    """What was found out since a call began.
+
+    Attributes:
+        checked: What was found to be as it was.
+        found: What others have found, by keys of their own.
+    """
+
+    def __init__(self) -> None:
+        self.checked: set[_Kept[Any]] = set()
+        self.found: dict[Any, Any] = {}
 
 
 class _Call(threading.local):
-    """What each thread knows of the call that it is in."""
+    """What each thread knows of the call that it is in; no notes outside of any."""
 
     def __init__(self) -> None:
-        self.checked: Checked = None
+        self.notes: Notes | None = None
 
 
 _call = _Call()
 
 
-def enter_call() -> Checked:
+def enter_call() -> Notes | None:
     """Begins a call, in which one look at each weight is enough; gives what `leave_call` takes."""
-    around: Checked = None
+    around: Notes | None = None
     if not torch.compiler.is_compiling():
-        around, _call.checked = _call.checked, set()
+        around, _call.notes = _call.notes, Notes()
     return around
 
 
-def leave_call(around: Checked) -> None:
+def leave_call(around: Notes | None) -> None:
     """Ends a call, inside of the one around it."""
     if not torch.compiler.is_compiling():
-        _call.checked = around
+        _call.notes = around
+
+
+def notes() -> Notes | None:
+    """What was found out in the call that this thread is in; None outside of any call."""
+    return _call.notes
 
 
 class Derived(Generic[T]):
@@ -83,20 +97,22 @@ class Derived(Generic[T]):
         """
         if torch.compiler.is_compiling():
             return None
-        sources = Sources(modules, read, attributes)
-        kept, checked = self._kept, _call.checked
-        if kept is None or checked is None or kept not in checked or not kept.is_of(sources):
+        kept, noted = self._kept, _call.notes
+        known = kept is not None and noted is not None and kept in noted.checked
+        if kept is None or not known or not kept.is_of(modules, read):
+            sources = Sources(modules, read, attributes)
             kept = None if watched() else self._looked_at(sources, compute)
         return None if kept is None else kept.value
 
     def _looked_at(self, sources: Sources, compute: Callable[[], T]) -> _Kept[T] | None:
         kept = self._kept
-        if kept is None or not kept.is_of(sources) or not kept.holds():
+        if kept is None or not kept.is_of(sources.modules, sources.read) or not kept.holds():
             kept = self._kept = _keep(sources, compute)
-        if kept is not None and _call.checked is not None:
-            _call.checked.add(kept)
+        noted = _call.notes
+        if kept is not None and noted is not None:
+            noted.checked.add(kept)
             others = (other._kept for other in self._together)
-            _call.checked.update(other for other in others if other is not None and other.holds())
+            noted.checked.update(other for other in others if other is not None and other.holds())
         return kept
 
 
@@ -190,10 +206,10 @@ class _Kept(Generic[T]):
         self._snapshot = Snapshot(self._tensors)
         self.value: Any = None
 
-    def is_of(self, sources: Sources) -> bool:
+    def is_of(self, modules: Sequence[nn.Module], read: Sequence[nn.Module]) -> bool:
         """Whether the value was computed from these."""
         own = self._sources
-        return _same(own.modules, sources.modules) and _same(own.read, sources.read)
+        return _same(own.modules, modules) and _same(own.read, read)
 
     def holds(self) -> bool:
         """Whether the value is still right, and may be used in this call."""
@@ -215,7 +231,7 @@ class _Kept(Generic[T]):
 def _keep(sources: Sources, compute: Callable[[], T]) -> _Kept[T] | None:
     """The value as it has to be computed now; None where it must not be kept."""
     silent = all(map(_is_silent, _all_of(sources.modules)))
-    if not silent or not all(map(_has_plain_weights, sources.read)):
+    if not silent or not all(map(has_plain_weights, sources.read)):
         return None
     # What is read first is what a change during the computation is noticed by.
     kept: _Kept[T] = _Kept(sources)
@@ -238,10 +254,10 @@ def _all_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
 def _is_silent(module: nn.Module) -> bool:
     """Whether nobody would notice that a module does not run: it infers, as its class says."""
     noticed = module.training or "forward" in module.__dict__ or is_hooked(module)
-    return not noticed and _has_plain_weights(module)
+    return not noticed and has_plain_weights(module)
 
 
-def _has_plain_weights(module: nn.Module) -> bool:
+def has_plain_weights(module: nn.Module) -> bool:
     """Whether changes of the tensors of a module itself are noticed."""
     if any(isinstance(value, Tensor) for value in module.__dict__.values()):
         return False  # weights that somebody has put in place of parameters

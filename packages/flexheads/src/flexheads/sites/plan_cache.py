@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 from flexheads.plan import Plan
+from flexheads.sites.shelf import Shelf
 
 KEPT = 256
 """Plans that are kept. One holds no tensors but numbers of rows, so this is a few megabytes."""
@@ -23,9 +24,14 @@ class PlanCache:
 
     Args:
         size: How many it keeps.
+
+    Attributes:
+        shelf: The weights that are kept for rows; they go with the plans, so that nothing of an
+            adapter stays that was deleted.
     """
 
     def __init__(self, size: int = KEPT) -> None:
+        self.shelf = Shelf()
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._lock, self._size = threading.Lock(), size
 

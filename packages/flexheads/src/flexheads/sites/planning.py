@@ -10,6 +10,7 @@ from torch import nn
 from flexheads.composition import Block, Fuse
 from flexheads.plan import HeadRoute, Plan
 from flexheads.routing import Chain, Routing, Step, chain_of, route
+from flexheads.sites.bank_calls import look_at_banks_together
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.combine import combine
 from flexheads.sites.repeat import Repeater
@@ -67,6 +68,7 @@ class Planner:
             parts = [_assemble(chain, site, adapters, fusions or {}) for chain in chains]
             if any(parts):
                 ops[site.address] = site.op(parts, own_rows)
+        look_at_banks_together(ops.items(), self.repeater.runtime)
         for address, norm in self.norms.items():
             if address in ops and norm in ops:
                 ops[address] = ops[address]._replace(norms=ops[norm].chains)

@@ -19,10 +19,12 @@ class Chosen(NamedTuple):
         present: The numbers of these chains, in order.
         places: For each row a place in `present`, ``(batch,)``; None where each has one row, in
             that order.
+        known: The same as numbers; None where nothing but a tensor tells.
     """
 
     present: Sequence[int]
     places: Tensor | None
+    known: tuple[int, ...] | None = None
 
     def by_row(self, each: Tensor) -> Tensor:
         """For each row what belongs to its chain: ``(present, ...)`` to ``(batch, ...)``."""
@@ -103,7 +105,8 @@ class KnownRows(RowMap):
             for row in _numbers(rows[number], batch):
                 places[row] = place
         as_they_are = places == list(range(len(present)))
-        return Chosen(present, None if as_they_are else _constant(places, device))
+        tensor = None if as_they_are else _constant(places, device)
+        return Chosen(present, tensor, tuple(places))
 
     def _order(self, device: torch.device) -> _Order:
         return self._once(device, lambda: self._new_order(device))  # type: ignore[no-any-return]

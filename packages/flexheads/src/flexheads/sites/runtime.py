@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flexheads.errors import CompositionError
 from flexheads.plan import Plan
 from flexheads.sites.chosen import chosen
-from flexheads.sites.derived import Checked, enter_call, leave_call
+from flexheads.sites.derived import Notes, enter_call, leave_call
 from flexheads.sites.plan_cache import PlanCache
 
 ONCE = "once"
@@ -120,7 +120,7 @@ class Scope:
     def __init__(self, runtime: Runtime, plan: Plan) -> None:
         self.thread, self.plan = runtime.thread, plan
         self.previous: Plan | None = None
-        self.around: Checked = None
+        self.around: Notes | None = None
 
     def __enter__(self) -> Plan:
         self.previous = self.thread.plan
