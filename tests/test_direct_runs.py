@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 import flexheads
 from flexheads.sites.direct import are_plain, quiet
+from flexheads.sites.prepared import NO_STEPS, Prepared
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
 METHODS = ["seq_bn", "double_seq_bn", "par_bn", "lora", "ia3", "unipelt"]
@@ -36,9 +37,8 @@ def result(model: Any) -> Tensor:
 def run_by_calls(monkeypatch: pytest.MonkeyPatch, model: Any, what: Callable[[Any], Any]) -> Any:
     """What comes of calling every module."""
     with monkeypatch.context() as patch:
-        for place in ("sites.direct", "sites.residual", "sites.linear"):
-            patch.setattr(f"flexheads.{place}.quiet", lambda *_: False)
-        for place in ("methods.bottleneck", "methods.lora_parts"):
+        patch.setattr(Prepared, "steps", lambda _: NO_STEPS)
+        for place in ("sites.direct", "methods.bottleneck", "methods.recomputing"):
             patch.setattr(f"flexheads.{place}.quiet", lambda *_: False)
         return what(model)
 

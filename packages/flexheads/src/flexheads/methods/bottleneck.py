@@ -29,6 +29,7 @@ from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
 from flexheads.methods.recomputing import recomputed
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.direct import are_plain, quiet
+from flexheads.sites.prepared import Step
 from flexheads.sites.residual import ResidualPart, Stream
 
 _ROLES = {
@@ -162,6 +163,32 @@ class Bottleneck(ResidualPart):
             r: Any = stream.r
             return Stream(delta + r, delta, r, stream.norm)
         return stream.add(delta, skip)
+
+    def prepared(self) -> Step | None:
+        config, norms = self.config, (self.norm_before, self.norm_after)
+        plain = type(self) is Bottleneck and are_plain(self.down, self.up)
+        if not plain or any((*norms, self.gate, self.skips_inside)) or self._trains_in_its_own_way:
+            return None
+        weights: Any = *self.down._parameters.values(), *self.up._parameters.values()
+        (down, bias, up, offset), linear = weights, functional.linear
+        activate, scaling = self.activation.forward, self.scaling
+        normed, scaled = self.sees == "normed", config.scaling != 1
+        adds_to_seen = config.residual_before_ln not in (True, "post_add")
+
+        def step(norm: Any, given: Tensor) -> Tensor:
+            hidden = norm.forward(given) if normed else given
+            delta = linear(activate(linear(hidden, down, bias)), up, offset)
+            if scaled:
+                delta = delta * scaling
+            return delta + (hidden if adds_to_seen else given)
+
+        return step
+
+    @property
+    def _trains_in_its_own_way(self) -> bool:
+        """Whether a training step does something that inference does not."""
+        drops = self.dropout.p or self.config.stochastic_depth
+        return bool((self.dropout.training and drops) or (self.training and self.forgets))
 
     def _forgetful(self, stream: Stream) -> Tensor | None:
         """`delta` behind the layer's norm, computed again for gradients instead of kept.

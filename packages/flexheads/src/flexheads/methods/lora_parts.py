@@ -6,7 +6,6 @@ Shapes: a hidden state is ``(batch, sequence, in)``, a result ``(batch, sequence
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,10 @@ from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_bank import DeltaBank, ScalingBank
 from flexheads.methods.lora_configs import LoRAConfig
+from flexheads.methods.lora_values import draw, factors
 from flexheads.sites.derived import Derived
-from flexheads.sites.direct import quiet
 from flexheads.sites.linear import LinearPart
+from flexheads.sites.prepared import Step
 from flexheads.sites.projection import Projection
 
 Folded = tuple[Tensor, Tensor | None]
@@ -78,13 +78,23 @@ class Scaling(_Gated):
 
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
-        vector: Any = self._parameters.get("lora_B")  # quicker than an attribute
-        if vector is None:  # something computes it
-            vector = self.lora_B
-        scale: Tensor = vector.view(-1)
+        scale: Tensor = self.lora_B.view(-1)
         if self.gate is not None or self.scaling != 1:
             scale = scale * self.factor(hidden.to(scale.dtype))
-        return output * (scale if scale.dtype == output.dtype else scale.to(output.dtype))
+        return output * scale.to(output.dtype)
+
+    def prepared(self) -> Step | None:
+        vector, scaling = self._parameters.get("lora_B"), self.scaling
+        if type(self) is not Scaling or self.gate is not None or vector is None:
+            return None
+
+        def step(hidden: Any, output: Tensor) -> Tensor:
+            scale = vector.view(-1)
+            if scaling != 1:
+                scale = scale * scaling
+            return output * (scale if scale.dtype == output.dtype else scale.to(output.dtype))
+
+        return step
 
     def bank(self, parts: Sequence[LinearPart | None]) -> ScalingBank | None:
         alike = all(p is None or (type(p) is Scaling and p.gate is None) for p in parts)
@@ -152,10 +162,7 @@ class Delta(_Gated):
 
     def dropped(self, hidden: Tensor) -> Tensor:
         """The input behind the dropout."""
-        dropout: Any = self._modules.get("dropout")  # quicker than an attribute
-        if dropout is not None and (dropout.training or not quiet(dropout)):
-            hidden = dropout(hidden)
-        return hidden
+        return hidden if self.dropout is None else self.dropout(hidden)
 
     @property
     def drops(self) -> float:
@@ -243,19 +250,24 @@ class LowRank(Delta):
         self.lora_B = nn.Parameter(torch.empty(projection.out_features, config.r))
         draw(self.lora_A, self.lora_B, config.init_weights)
 
-    def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
-        """Maps the projection's input and result to the new result."""
-        own: Any = self._parameters  # quicker than attributes; lacks what something else computes
-        down, up = own.get("lora_A"), own.get("lora_B")
-        dropout: Any = self._modules.get("dropout")
-        plain = self.gate is None and self.m is None and down is not None and up is not None
-        idle = dropout is None or (not dropout.training and quiet(dropout))
-        if not plain or not idle or hidden.dtype != down.dtype:
-            return super().forward(hidden, output, projection)
-        product = functional.linear(functional.linear(hidden, down), up)
-        if product.dtype != output.dtype:
-            return output + (product * self.scaling).to(output.dtype)
-        return torch.add(output, product, alpha=self.scaling)
+    def prepared(self) -> Step | None:
+        # Something else computes a factor that is no parameter.
+        down, up = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        plain = type(self) is LowRank and self.gate is None and self.m is None
+        drops = self.dropout is not None and self.dropout.training and self.dropout.p
+        if not plain or drops or down is None or up is None:
+            return None
+        scaling, linear = self.scaling, functional.linear
+
+        def step(hidden: Tensor, output: Tensor) -> Tensor:
+            if hidden.dtype != down.dtype:
+                hidden = hidden.to(down.dtype)
+            product = linear(linear(hidden, down), up)
+            if product.dtype != output.dtype:
+                return output + (product * scaling).to(output.dtype)
+            return torch.add(output, product, alpha=scaling)
+
+        return step
 
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
@@ -290,8 +302,6 @@ class Anchored(LowRank):
         self.initial_A: Tensor
         self.initial_B: Tensor
 
-    forward = Delta.forward
-
     def product(self, hidden: Tensor) -> Tensor:
         initial = functional.linear(functional.linear(hidden, self.initial_A), self.initial_B)
         return super().product(hidden) - initial
@@ -307,20 +317,6 @@ class Anchored(LowRank):
         super().origin(name)
         start = {"lora_A": self.initial_A, "lora_B": self.initial_B}
         return start.get(name, 0.0)
-
-
-@torch.no_grad()
-def factors(weight: Tensor, rank: int, config: LoRAConfig) -> tuple[Tensor, Tensor]:
-    """The factors ``(out, r)`` and ``(r, in)`` of a weight that PiSSA or OLoRA start from."""
-    precise = weight if weight.dtype == torch.float64 else weight.float()
-    if config.init_weights == "olora":
-        q, upper = torch.linalg.qr(precise)
-        up, down = q[:, :rank], upper[:rank]
-    else:
-        u, s, v = torch.linalg.svd(precise, full_matrices=False)
-        root = (s[:rank] / config.scaling).sqrt()
-        up, down = u[:, :rank] * root, root.unsqueeze(1) * v[:rank]
-    return up.to(weight.dtype).contiguous(), down.to(weight.dtype).contiguous()
 
 
 class Projections(nn.Module):
@@ -379,21 +375,3 @@ class Vectors(Delta):
 def times(hidden: Tensor, factor: Tensor) -> Tensor:
     """Each hidden state times a diagonal, given as a vector, or a square matrix."""
     return hidden * factor if factor.ndim == 1 else functional.linear(hidden, factor)
-
-
-def draw(down: Tensor, up: Tensor, kind: str) -> None:
-    """Initialises the factors ``(r, in)`` and ``(out, r)`` of a product."""
-    if awaits_values():
-        return
-    if kind == "bert":
-        nn.init.normal_(down, std=0.02)
-        nn.init.normal_(up, std=0.02)
-    elif kind == "ia3":
-        nn.init.ones_(down)
-        nn.init.ones_(up)
-    elif kind == "vera":
-        nn.init.kaiming_uniform_(down)
-        nn.init.kaiming_uniform_(up)
-    else:
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        nn.init.zeros_(up)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flexheads.methods.lora_configs import MTLLoRAConfig
-from flexheads.methods.lora_parts import Delta, draw, times
+from flexheads.methods.lora_parts import Delta, times
+from flexheads.methods.lora_values import draw
 from flexheads.sites.projection import Projection
 
 

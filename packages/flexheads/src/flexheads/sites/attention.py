@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flexheads.errors import UnsupportedError
 from flexheads.sites.attention_masks import additive, flat_mask, positions, prefix_keep, widen
 from flexheads.sites.base import AttachedSite, first_argument
+from flexheads.sites.direct import quiet
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.joining import (
     CACHES,
@@ -116,8 +117,9 @@ def join_prefixes(chain: Sequence[AttentionPart], hidden: Tensor) -> tuple[Tenso
     values: Any = None
     for part in chain:
         if part.length:
-            own_keys, own_values = part(hidden)
-            own_keys, own_values = own_keys.to(hidden), own_values.to(hidden)
+            own_keys, own_values = part.forward(hidden) if quiet(part) else part(hidden)
+            if own_keys.dtype != hidden.dtype or own_keys.device != hidden.device:
+                own_keys, own_values = own_keys.to(hidden), own_values.to(hidden)
             joined = Joined(own_keys, own_values)
             keys, values = (own_keys, own_values) if keys is None else joined(keys, values)
     return keys, values

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from flexheads.errors import UnsupportedError
+from flexheads.sites.derived import notes
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -38,7 +40,7 @@ def prefix_keep(rows: Tensor, longest: int, length: int) -> Tensor:
 def widen(
     mask: Tensor | None, length: int, keep: Tensor | None, keys: int, like: Tensor
 ) -> Tensor | None:
-    """A mask for keys that a prefix stands before.
+    """A mask for keys that a prefix stands before; one for all layers that are given one mask.
 
     Args:
         mask: The mask for the attention's own keys, its last dimension: boolean or whole numbers
@@ -49,6 +51,19 @@ def widen(
         keys: Number of the attention's own keys.
         like: A tensor in whose dtype a mask can be added.
     """
+    noted = None if is_compiling() or mask is None or keep is not None else notes()
+    if mask is None or noted is None or mask.requires_grad:
+        return _widen(mask, length, keep, keys, like)
+    asked = length, keys, None if mask.is_inference() else mask._version
+    known: tuple[Any, Any, Tensor | None] = noted.found.get(widen, (None, None, None))
+    if known[0] is not mask or known[1] != asked:
+        known = noted.found[widen] = mask, asked, _widen(mask, length, None, keys, like)
+    return known[2]
+
+
+def _widen(
+    mask: Tensor | None, length: int, keep: Tensor | None, keys: int, like: Tensor
+) -> Tensor | None:
     if mask is None and keep is None:
         return None
     if mask is None:

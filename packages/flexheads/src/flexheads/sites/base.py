@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
+from flexheads.sites.prepared import Step
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -76,6 +78,14 @@ class AttachedSite(ABC):
         runtime = self.runtime
         plan = runtime.thread.plan
         return (runtime.current() if plan is None else plan).ops.get(self.address)
+
+    def step(self, key: str) -> Step | None:
+        """What is prepared for the running call, see `sites.prepared`; None where nothing is.
+
+        Args:
+            key: The address, and what is changed.
+        """
+        return None if is_compiling() else self.runtime.thread.steps.get(key)
 
     @property
     def folding(self) -> tuple[str, ...]:
@@ -214,6 +224,11 @@ def first_tensor(value: Any) -> Tensor:
     """The hidden states in what a module returned: the tensor itself or the first of a tuple."""
     tensor: Tensor = value[0] if isinstance(value, (tuple, list)) else value
     return tensor
+
+
+def with_first(value: Any, tensor: Tensor) -> Any:
+    """What a module returned, with other hidden states."""
+    return (tensor, *value[1:]) if isinstance(value, (tuple, list)) else tensor
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flexheads.sites.base import AttachedSite, first_argument, first_tensor, run_chains
+from flexheads.sites.base import (
+    AttachedSite,
+    first_argument,
+    first_tensor,
+    run_chains,
+    with_first,
+)
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -87,7 +93,7 @@ class AttachedEmbedding(AttachedSite):
         if op is None:
             return None
         hidden = run_chains(op.chains, op.rows, _do, first_tensor(output))
-        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+        return with_first(output, hidden)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op: EmbeddingOp | None = self.planned()

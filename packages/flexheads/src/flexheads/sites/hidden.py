@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.banks import Bank, ChainBank, chain_bank
-from flexheads.sites.base import CALL, AttachedSite, first_tensor
+from flexheads.sites.base import CALL, AttachedSite, first_tensor, with_first
 from flexheads.sites.call import Tokens, tokens_of
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
@@ -96,7 +96,7 @@ class AttachedHidden(AttachedSite):
             return None
         tokens = tokens_of(self.runtime.peek(CALL), self.side)
         hidden = op.run(first_tensor(output), tokens)
-        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+        return with_first(output, hidden)
 
 
 def _run(parts: Sequence[HiddenPart], hidden: Tensor, tokens: Tokens) -> Tensor:

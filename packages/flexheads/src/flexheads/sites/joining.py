@@ -96,7 +96,9 @@ class Joined:
     @staticmethod
     def before(prefix: Tensor, own: Tensor, dim: int = 2) -> Tensor:
         """The prefix and the attention's own, in the dtype of the latter."""
-        return torch.cat([prefix.to(own.dtype), own], dim=dim)
+        if prefix.dtype != own.dtype:  # a conversion to what it is takes time too
+            prefix = prefix.to(own.dtype)
+        return torch.cat([prefix, own], dim=dim)
 
     def cache(self, inner: Any) -> Any:
         """A cache that gives the prefix before what another gives, and stores nothing of it."""

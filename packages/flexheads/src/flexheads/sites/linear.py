@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.banks import Bank, ChainBank, chain_bank
 from flexheads.sites.base import AttachedSite, run_chains
-from flexheads.sites.direct import quiet
 from flexheads.sites.joining import undoing
+from flexheads.sites.prepared import Step
 from flexheads.sites.projection import Projection
 from flexheads.sites.relative_bias import RelativeBias
 from flexheads.sites.rows import RowMap
@@ -51,6 +51,14 @@ class LinearPart(nn.Module):
         """
         return output
 
+    def prepared(self) -> Step | None:
+        """`forward` as a function of input and result, with all that it needs at hand.
+
+        It may read whatever its modules have, but values of tensors, when it is made; see
+        `flexheads.sites.prepared`. None where there is no such function, as things are.
+        """
+        return None
+
     def bank(self, parts: Sequence[LinearPart | None]) -> Bank[Any] | None:
         """What runs parts of different rows as one product; None where nothing can.
 
@@ -71,6 +79,11 @@ class LinearOp(NamedTuple):
     """Whether one chain does all there is to do, on the module's whole result as it is."""
     bank: ChainBank | None = None
     """What runs all chains as one product, where their parts are of one shape."""
+
+    @property
+    def alone(self) -> tuple[str, tuple[LinearPart, ...]]:
+        """The parts that may become one step, and what they change."""
+        return "output", self.chains[0] if self.plain and not self.enters else ()
 
     def for_chain(self, chain: int) -> LinearOp:
         """The same for the rows of one chain only."""
@@ -103,6 +116,7 @@ class AttachedLinear(AttachedSite):
         self.out_features = self.projection.out_features
         super().__init__(address, role, layer, host, self.out_features, runtime)
         self.again: RelativeBias | None = None
+        self._output = f"{address}.output"
 
     def needed(self, part: LinearPart) -> frozenset[str]:
         if not part.changes_input:
@@ -131,7 +145,7 @@ class AttachedLinear(AttachedSite):
         enters = any(part.changes_input for chain in chains for part in chain)
         plain = rows is None and not self.folded and self.projection.columns is None
         own = tuple(_beside(chain) for chain in chains)
-        bank = None if rows is None or enters else chain_bank(own, changed=1, site=self.projection)
+        bank = None if rows is None or enters else chain_bank(own, changed=1)
         return LinearOp(own, rows, enters, plain, bank)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -142,14 +156,16 @@ class AttachedLinear(AttachedSite):
         return (self.folded_as(args[0], hidden), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        step = self.step(self._output)
+        if step is not None:
+            return step(args[0], output)
         op: LinearOp | None = self.planned() if self.again is None else self._planned()
         if op is None:
             return None
         if op.plain:
             hidden, projection = args[0], self.projection
             for part in op.chains[0]:
-                run = part.forward if quiet(part) else part
-                output = run(hidden, output, projection)
+                output = part(hidden, output, projection)
             return output
         hidden, whole = self.unfolded(args[0]), self.unfolded(output)
         own = self.projection.of(whole)
@@ -188,6 +204,8 @@ class _Beside(LinearPart):
 
 
 def _beside(chain: Sequence[LinearPart]) -> tuple[LinearPart, ...]:
+    if len(chain) == 1:
+        return tuple(chain)
     return tuple(
         _Beside(part) if place and getattr(part, "wants_own_result", False) else part
         for place, part in enumerate(chain)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flexheads.sites.banks import Bank, ChainBank, chain_bank
-from flexheads.sites.base import AttachedSite, first_argument, first_tensor
-from flexheads.sites.direct import quiet
+from flexheads.sites.base import AttachedSite, first_argument, first_tensor, with_first
 from flexheads.sites.hooking import hook_before
 from flexheads.sites.output import OutputPart
+from flexheads.sites.prepared import Step
 from flexheads.sites.rows import RowMap
 from flexheads.sites.runtime import Runtime
 
@@ -70,6 +70,16 @@ class ResidualPart(nn.Module):
     def forward(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
         raise NotImplementedError
+
+    def prepared(self) -> Step | None:
+        """`forward` as a function, with all that it needs at hand, of a part that reads one tensor.
+
+        It is given the layer norm that follows, of which it may call the ``forward`` (None in a
+        pre-LN layer), and what `needs` says, ``total`` or ``x``; it gives what that becomes. It may
+        read whatever its modules have, but values of tensors, when it is made; see
+        `flexheads.sites.prepared`. None where there is no such function, as things are.
+        """
+        return None
 
     def enter(self, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """What it looks at, and what it adds to (None for `x`); AdapterFusion asks for both."""
@@ -127,6 +137,11 @@ class ResidualOp(NamedTuple):
     early: bool = False
     """Whether the chains change the sub-layer's result, before it is added to anything."""
 
+    @property
+    def alone(self) -> tuple[str, tuple[ResidualPart, ...]]:
+        """The parts that may become one step, and what they change."""
+        return self.straight, () if self.norms or not self.straight else self.chains[0]
+
     def run(self, stream: Stream) -> Ran:
         """The stream of each chain, behind its parts."""
         if self.rows is None:
@@ -164,10 +179,7 @@ def _normed(norm: Any, parts: Sequence[OutputPart], given: Tensor) -> Tensor:
 
 def _run(parts: Sequence[Any], stream: Stream) -> Stream:
     for part in parts:
-        if isinstance(part, nn.Module) and quiet(part):
-            stream = part.forward(stream)
-        else:
-            stream = part(stream)
+        stream = part(stream)
     return stream
 
 
@@ -210,6 +222,7 @@ class AttachedResidual(AttachedSite):
         self.output, self.residual, self.residual_from = output, residual, residual_from
         self.norm, self.beside, self.alone, self.added = norm, beside, alone, added
         self.shares_output = False
+        self._total, self._x = f"{address}.total", f"{address}.x"
 
     def needed(self, part: ResidualPart) -> frozenset[str]:
         needs = set(part.needs)
@@ -257,9 +270,9 @@ class AttachedResidual(AttachedSite):
         if rows is not None and len(set(replaces)) == 1:
             bank = chain_bank(chains, changed=0)
         early = self._is_early(needs, any(replaces))
-        straight = ""
-        if rows is None and len(needs) == 1 and not (any(replaces) or self.added or self.folded):
-            (straight,) = needs
+        straight = "x" if early or self.norm is None else "total"
+        if rows or needs != {straight} or any(replaces) or self.added or self.folded:
+            straight = ""
         own = tuple(map(tuple, chains))
         return ResidualOp(own, rows, needs, replaces, (), bank, straight, early)
 
@@ -275,33 +288,35 @@ class AttachedResidual(AttachedSite):
     # --- taps -------------------------------------------------------------------------------
 
     def _tap_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        step = self.step(self._x)
+        if step is not None:
+            return with_first(output, step(self.norm, first_tensor(output)))
         op = self.planned()
         if op is None:
             return None
         if op.early:
-            return self._changed(op, output, self.norm)
+            return with_first(output, self._changed(op, first_tensor(output)))
         if self.added or "x" in op.needs:
             self.runtime.put(self.address + ".x", first_tensor(output))
         return None
-
-    def _tap_residual(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        op = self.planned()
-        if op is not None and "r" in op.needs:
-            self.runtime.put(self.address + ".r", first_argument(args, kwargs))
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         if self.planned() is not None:
             self.runtime.put(self.address + ".turn", True)
 
+    def _tap_residual(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._note("r", first_argument(args, kwargs))
+
     def _tap_residual_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        op = self.planned()
-        if op is not None and "r" in op.needs:
-            self.runtime.put(self.address + ".r", first_tensor(output))
+        self._note("r", first_tensor(output))
 
     def _tap_beside(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._note("beside", first_tensor(output))
+
+    def _note(self, which: str, tensor: Tensor) -> None:
         op = self.planned()
         if op is not None and "r" in op.needs:
-            self.runtime.put(self.address + ".beside", first_tensor(output))
+            self.runtime.put(f"{self.address}.{which}", tensor)
 
     def _take(self, which: str, op: ResidualOp) -> Any:
         """What a tap has put; nothing is touched where the plan does not need it."""
@@ -310,12 +325,12 @@ class AttachedResidual(AttachedSite):
     # --- post-LN ----------------------------------------------------------------------------
 
     def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        step = self.step(self._total)
+        if step is not None:
+            return (step(module, args[0]), *args[1:])
         op: ResidualOp | None = self.planned()
         if op is None or op.early:
             return None
-        if op.straight == "total" and not op.norms:
-            total = _run(op.chains[0], Stream(args[0], None, None, module.forward)).total
-            return (total, *args[1:])
         if self.added:
             given = self.runtime.take(self.address + ".x")
             if given is None:
@@ -344,27 +359,17 @@ class AttachedResidual(AttachedSite):
     # --- pre-LN -----------------------------------------------------------------------------
 
     def _after_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        step = None if self.shares_output else self.step(self._x)
+        if step is not None:
+            return with_first(output, step(None, first_tensor(output)))
         op: ResidualOp | None = self.planned()
         if op is None or (self.shares_output and not self.runtime.take(self.address + ".turn")):
             return None
-        return self._changed(op, output, None)
+        return with_first(output, self._changed(op, first_tensor(output)))
 
     # --- the sub-layer's result itself --------------------------------------------------------
 
-    def _changed(self, op: ResidualOp, output: Any, norm: nn.Module | None) -> Any:
-        """What stands for the sub-layer's output."""
-        given = first_tensor(output)
-        forward = None if norm is None else norm.forward
-        result: Any
-        if op.straight == "x" and not op.norms:
-            result = _run(op.chains[0], Stream(None, given, None, forward)).x
-        else:
-            result = self._put_together(op, given, forward)
-        return (result, *output[1:]) if isinstance(output, (tuple, list)) else result
-
-    def _put_together(
-        self, op: ResidualOp, given: Tensor, norm: Callable[[Tensor], Tensor] | None
-    ) -> Tensor:
+    def _changed(self, op: ResidualOp, given: Tensor) -> Tensor:
         """The sub-layer's result, made of the streams of all chains."""
         r: Any = self._take("r", op)
         if r is not None and self.beside is not None:
@@ -376,7 +381,7 @@ class AttachedResidual(AttachedSite):
         total = None
         if "total" in op.needs:
             total = x if self.alone else x + r
-        ran = op.run(Stream(total, x, r, norm))
+        ran = op.run(Stream(total, x, r, None if self.norm is None else self.norm.forward))
         pairs: Any = zip(ran.streams, ran.replaces, strict=True)
         if self.added:
             result = ran.merge([s.x if replaced else s.x + s.r for s, replaced in pairs])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from flexheads.plan import Plan
 from flexheads.sites.chosen import chosen
 from flexheads.sites.derived import Notes, enter_call, leave_call
 from flexheads.sites.plan_cache import PlanCache
+from flexheads.sites.prepared import NO_STEPS, Prepared, Steps
 
 ONCE = "once"
 """What says that the layers of this call run on one copy of the batch; see `sites.repeat`."""
@@ -28,6 +30,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.plan: Plan | None = None
+        self.steps: Steps = NO_STEPS
         self.values: dict[str, Any] = {}
 
 
@@ -51,6 +54,7 @@ class Runtime:
         self.version = 0
         self.plans = PlanCache()
         self.thread = _Thread()
+        self._prepared: WeakKeyDictionary[Plan, Prepared] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside of any call."""
@@ -92,6 +96,15 @@ class Runtime:
         """A context in which `plan` holds for the running thread."""
         return Scope(self, plan)
 
+    def prepared(self, plan: Plan) -> Steps:
+        """What is prepared for a call with `plan` that begins now."""
+        if torch.compiler.is_compiling():  # this alone too, where a graph breaks
+            return NO_STEPS
+        known = self._prepared.get(plan)
+        if known is None or not known.holds():
+            known = self._prepared[plan] = Prepared(plan.ops)
+        return known.steps()
+
     def put(self, key: str, value: Any) -> None:
         """Hands a value to a later hook of the same call."""
         self.thread.values[key] = value
@@ -118,14 +131,16 @@ class Scope:
     """The context manager behind `Runtime.scope`; what hooks left behind is dropped on leaving."""
 
     def __init__(self, runtime: Runtime, plan: Plan) -> None:
-        self.thread, self.plan = runtime.thread, plan
+        self.runtime, self.thread, self.plan = runtime, runtime.thread, plan
         self.previous: Plan | None = None
+        self.steps = NO_STEPS
         self.around: Notes | None = None
 
     def __enter__(self) -> Plan:
         self.previous = self.thread.plan
         self.thread.plan = self.plan
         self.around = enter_call()
+        self.steps, self.thread.steps = self.thread.steps, self.runtime.prepared(self.plan)
         return self.plan
 
     def __exit__(
@@ -135,6 +150,7 @@ class Scope:
         trace: TracebackType | None,
     ) -> None:
         self.thread.plan = self.previous
+        self.thread.steps = self.steps
         leave_call(self.around)
         if kind is not None:
             self.thread.values.clear()
