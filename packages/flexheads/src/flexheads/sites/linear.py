@@ -145,7 +145,7 @@ class AttachedLinear(AttachedSite):
         enters = any(part.changes_input for chain in chains for part in chain)
         plain = rows is None and not self.folded and self.projection.columns is None
         own = tuple(_beside(chain) for chain in chains)
-        bank = None if rows is None or enters else chain_bank(own, changed=1)
+        bank = None if rows is None or enters else chain_bank(own, changed=1, site=self.projection)
         return LinearOp(own, rows, enters, plain, bank)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
