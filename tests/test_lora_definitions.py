@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import flexheads
 from flexheads.errors import ConfigError, UnsupportedError
@@ -294,3 +294,34 @@ def test_loading_computes_no_factors(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr("flexheads.methods.lora_parts.factors", None)
     model.load_adapter(tmp_path, load_as="b")
     assert torch.equal(output(model, adapter_names="b"), output(model))
+
+
+@pytest.mark.parametrize("config", ["lora", "dora", "vera"])
+def test_without_dropout_there_is_no_module_for_it(config: str) -> None:
+    model = adapted(config)
+    part = next(iter(model.adapters["a"].parts.values()))
+    assert part.dropout is None
+    assert not any(isinstance(inner, nn.Dropout) for inner in model.adapters["a"].modules())
+    before = output(model)
+    part.dropout = nn.Dropout(0.5)  # one that comes later acts in training
+    assert not torch.equal(output(model), before)
+    part.eval()
+    assert torch.equal(output(model), before)
+
+
+@pytest.mark.parametrize("config", ["lora", "dora", "vera", "mtl_lora"])
+def test_dropout_drops_what_enters(config: str) -> None:
+    torch.manual_seed(0)
+    model = adapted(config, dropout=0.5)
+    parts = [*model.adapters["a"].parts.values()]
+    assert all(part.dropout.p == 0.5 for part in parts)
+    before = output(model)
+    model.adapters["a"].train()
+    assert not torch.equal(output(model), output(model))
+    for part in parts:
+        part.dropout.p = 1.0  # nothing enters
+    bare = output(model, adapter_names=[])
+    if config != "dora":  # whose magnitudes stay
+        torch.testing.assert_close(output(model), bare)
+    model.adapters["a"].eval()
+    assert torch.equal(output(model), before)
