@@ -18,7 +18,7 @@ from flexheads.heads.base import FeedForwardHead, PredictionHead
 from flexheads.heads.layers import Stacked
 from flexheads.sites.derived import Snapshot, is_hooked
 
-_READS_ALIKE = (
+READS_ALIKE = (
     "activation_function",
     "bias",
     "dropout_prob",
@@ -65,7 +65,7 @@ def stack_key(head: PredictionHead) -> Hashable | None:
     if any(p.is_inference() or not p.is_floating_point() for p in given):
         return None  # changes of these cannot be noticed
     config = head.config.to_dict()
-    reads = {name: value for name, value in config.items() if name not in _READS_ALIKE}
+    reads = {name: value for name, value in config.items() if name not in READS_ALIKE}
     return (
         type(head).read,
         head.width,
@@ -176,6 +176,43 @@ class HeadStack:
                 hidden = torch.addcmul(offset, normed, gain).transpose(1, 2)
             previous = kind
         return hidden.transpose(1, 2).reshape(count, *inputs.shape[:-1], -1).contiguous()
+
+
+def scores_by_row(heads: Sequence[FeedForwardHead], index: Tensor, inputs: Tensor) -> Tensor:
+    """The scores of each row by its own head, ``(batch, ..., scores)``.
+
+    Nothing is kept, and gradients reach the heads.
+
+    Args:
+        heads: Heads with one `stack_key`, and as many scores.
+        index: The head of each row, ``(batch,)``.
+        inputs: What they read, ``(batch, ..., features)``.
+    """
+    first = heads[0].layers
+    hidden = inputs.reshape(len(index), -1, inputs.shape[-1])
+    for number in range(first.depth):
+        weight, bias = _picked(heads, str(number), index)
+        hidden = _plus(bias, hidden, weight.transpose(1, 2))
+        if number < first.depth - 1:
+            hidden = hidden if first.activation is None else first.activation(hidden)
+            if first.normed:
+                norm: Any = first.get_submodule(f"norm_{number}")
+                gain, offset = _picked(heads, f"norm_{number}", index)
+                normed = functional.layer_norm(hidden, hidden.shape[-1:], None, None, norm.eps)
+                hidden = normed * gain.unsqueeze(1)
+                hidden = hidden if offset is None else hidden + offset
+    return hidden.reshape(*inputs.shape[:-1], -1)
+
+
+def _picked(
+    heads: Sequence[FeedForwardHead], name: str, index: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one layer, for each row those of its head: ``(batch, 1, size)``."""
+    layers: list[Any] = [head.layers.get_submodule(name) for head in heads]
+    weight = torch.stack([layer.weight for layer in layers])[index]
+    if layers[0].bias is None:
+        return weight, None
+    return weight, torch.stack([layer.bias for layer in layers])[index].unsqueeze(1)
 
 
 def split(scores: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -19,7 +19,6 @@ from flexheads.heads.outputs import MultiHeadOutput
 from flexheads.models.adapters.averaging import AveragingMixin
 from flexheads.models.calls.encoding import encode
 from flexheads.models.calls.inputs import (
-    among,
     flatten_choices,
     repeat_rows,
     with_decoder_inputs,
@@ -27,7 +26,7 @@ from flexheads.models.calls.inputs import (
 from flexheads.models.calls.labels import USUAL, Labels, labels_by_route, take_labels
 from flexheads.models.calls.scores import ARGUMENTS, take_asked, with_scores
 from flexheads.models.calls.signature import signed
-from flexheads.models.calls.task_ids import check_rows
+from flexheads.models.calls.task_ids import check_rows, told_by_tensor
 from flexheads.models.calls.tasks import Tasks, take_tasks
 from flexheads.models.container import NamedModules
 from flexheads.models.features.cache import FeatureCacheMixin
@@ -35,15 +34,16 @@ from flexheads.models.features.given import FEATURES, backbone_output
 from flexheads.models.features.lower_layers import states_given, upper_backbone, without_features
 from flexheads.models.generating.classes import configure_generation, generation_bases
 from flexheads.models.generating.rows import GenerationPlan, joined, keeping, step_of
+from flexheads.models.heads.by_row import run_by_row
 from flexheads.models.heads.loss_weights import LossWeightsMixin
 from flexheads.models.heads.predicting import PredictMixin
+from flexheads.models.heads.seen import features_of, undoing
 from flexheads.models.heads.stacking import HeadStacks
 from flexheads.models.saving.whole import WholeModelMixin, load_backbone, restore
 from flexheads.plan import HeadRoute, Plan
 from flexheads.plugins import registry, resolve
-from flexheads.sites.attach import EMBEDDINGS, LATE_EMBEDDINGS, TOKENS
+from flexheads.sites.attach import TOKENS
 from flexheads.sites.base import argument_names
-from flexheads.sites.embedding import undo_in_turn
 from flexheads.sites.prompt import POOLED, PROMPT
 from flexheads.specs import ArchitectureSpec
 
@@ -143,7 +143,8 @@ class ModelWithHeads(
             return_dict: False for a plain tuple.
             kwargs: The backbone's inputs, and labels: ``labels``, ``start_positions`` and
                 ``end_positions`` for one head, or ``labels={head: ...}`` for several; ``task``, the
-                task of each row, in place of ``head``, and ``tasks``, see `flexheads.training.Tasks`;
+                task of each row, in place of ``head``, and ``tasks``, see
+                `flexheads.training.Tasks`;
                 ``output_adapter_gating_scores`` and ``output_adapter_fusion_attentions``.
 
         Returns:
@@ -258,7 +259,7 @@ class ModelWithHeads(
             input_ids=inputs.get("decoder_input_ids" if self._reads_sound() else "input_ids"),
             choices=choices,
             embeddings=self._embeddings(),
-            undo=_undoing(plan),
+            undo=undoing(plan),
             rescore=None if tokens is None else tokens.scores,
             first=self._attachment.runtime.take(POOLED),
             hidden_states=states,
@@ -307,9 +308,12 @@ class ModelWithHeads(
         return None
 
     def _run_heads(self, plan: Plan, features: Features, labels: Sequence[Labels]) -> Any:
+        if told_by_tensor(plan):
+            return run_by_row(plan, self.heads, features)
+
         def seen(route: HeadRoute) -> Features:
             rows = plan.rows_of(route, features.hidden.shape[0])
-            return features if rows is None else _features_of(features, plan, route, rows)
+            return features if rows is None else features_of(features, plan, route, rows)
 
         found = self._stacks.run(plan, self.heads, seen, labels)
         if callable(found) and not isinstance(plan, GenerationPlan):
@@ -326,30 +330,6 @@ class ModelWithHeads(
 def _named(plan: Plan, outputs: Callable[[], Sequence[Any]]) -> list[tuple[str, Any]]:
     """The outputs of a plan with the names of their heads."""
     return [(route.head, output) for route, output in zip(plan.heads, outputs(), strict=True)]
-
-
-def _features_of(
-    features: Features, plan: Plan, route: HeadRoute, rows: list[int] | slice
-) -> Features:
-    """The features of the rows that a head sees."""
-    tokens, mixed = plan.ops.get(TOKENS), route.routing is not None and not plan.routing.single
-    if not mixed:
-        chain = route.chain if route.routing is None else None
-        own = tokens if tokens is None or chain is None else tokens.for_chain(chain)
-        undo, rescore = _undoing(plan, chain), None if own is None else own.scores
-    else:  # rows of one head that follow several chains
-        batch = features.hidden.shape[0]
-        undo = among(_undoing(plan), rows, batch)
-        rescore = among(None if tokens is None else tokens.scores, rows, batch)
-    return features.select(lambda t: t[rows], undo, rescore)
-
-
-def _undoing(plan: Plan, chain: int | None = None) -> Any:
-    """The inverse of the invertible adapters, of all rows or those of one chain; None without."""
-    ops = [plan.ops[a] for a in (EMBEDDINGS, LATE_EMBEDDINGS) if a in plan.ops]
-    if chain is not None:
-        ops = [op.for_chain(chain) for op in ops]
-    return functools.partial(undo_in_turn, ops) if ops else None
 
 
 def _is_whole(plan: Plan) -> bool:

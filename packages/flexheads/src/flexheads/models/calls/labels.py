@@ -11,6 +11,7 @@ from flexheads.errors import LabelError, UnknownNameError
 from flexheads.heads.base import PredictionHead
 from flexheads.heads.labels import InputShape
 from flexheads.models.calls.inputs import batch_size, repeat_rows
+from flexheads.models.calls.task_ids import told_by_tensor
 from flexheads.models.container import NamedModules
 from flexheads.plan import Plan
 
@@ -127,6 +128,14 @@ def labels_by_route(
         CompositionError: If the rows of the plan do not fit the batch.
     """
     if not labels and all(route.chain is None for route in plan.heads):
+        return [{} for _ in plan.heads]
+    if told_by_tensor(plan):
+        if labels:
+            raise LabelError(
+                "In compiled code the branches of MultiTask give scores without a loss, because "
+                "nobody knows how many rows a head sees. Compute the loss of the scores, or call "
+                "the model without compilation."
+            )
         return [{} for _ in plan.heads]
     batch, found = batch_size(inputs), []
     length = _length(inputs)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexheads.composition import Block, MultiTask
+from flexheads.composition import Block, MultiTask, Stack
 from flexheads.errors import CompositionError
 from flexheads.models.calls.inputs import batch_sizes
 from flexheads.plan import HeadRoute, Plan
@@ -72,11 +72,15 @@ def at_rows(plan: Plan, routing: Routing) -> Plan:
 
 def _by_tensor(plan: Plan, tasks: Sequence[int], task_ids: Tensor) -> Plan:
     """The plan of compiled code, which is the same for all numbers that a tensor may hold."""
-    if any(route.chain is not None and route.routing is None for route in plan.heads):
+    own = [route.chain for route in plan.heads if route.chain is not None and route.routing is None]
+    chains = range(len(plan.routing.chains))
+    if own and sorted(own) != list(chains):
+        ways = plan.routing.chains
+        lacking = [Stack(*ways[c]) if ways[c] else None for c in chains if own.count(c) != 1]
         raise CompositionError(
-            "In compiled code the branches of MultiTask cannot have a head each: how many rows a "
-            "head sees would be known to nobody. Name heads for all rows with head=, or call the "
-            "model without compilation."
+            "In compiled code nobody knows how many rows a head sees, so the branches of MultiTask "
+            f"need one head each, or none; {lacking} have not. Name heads for all rows with head=, "
+            "or call the model without compilation."
         )
     index = task_ids.long()
     if list(tasks) != list(range(len(tasks))):  # some tasks have a branch in common
@@ -85,6 +89,12 @@ def _by_tensor(plan: Plan, tasks: Sequence[int], task_ids: Tensor) -> Plan:
     return Plan(
         plan.setup, plan.routing, plan.heads, plan.ops, plan.skip_layers, rows, plan.repeat_at
     )
+
+
+def told_by_tensor(plan: Plan) -> bool:
+    """Whether each row has the head of its branch, and nothing but a tensor tells which that is."""
+    by_tensor = isinstance(plan.rows, TensorRows)
+    return by_tensor and any(r.chain is not None and r.routing is None for r in plan.heads)
 
 
 def _is_multitask(block: Block) -> bool:
