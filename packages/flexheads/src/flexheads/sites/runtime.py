@@ -54,7 +54,7 @@ class Runtime:
         self.version = 0
         self.plans = PlanCache()
         self.thread = _Thread()
-        self._prepared: WeakKeyDictionary[Plan, Prepared] = WeakKeyDictionary()
+        self._prepared: WeakKeyDictionary[Plan, Prepared | None] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start outside of any call."""
@@ -97,10 +97,16 @@ class Runtime:
         return Scope(self, plan)
 
     def prepared(self, plan: Plan) -> Steps:
-        """What is prepared for a call with `plan` that begins now."""
+        """What is prepared for a call with `plan` that begins now.
+
+        In the first call with a plan nothing is, because that would take longer than it saves.
+        """
         if torch.compiler.is_compiling():  # this alone too, where a graph breaks
             return NO_STEPS
         known = self._prepared.get(plan)
+        if known is None and plan not in self._prepared:
+            self._prepared[plan] = None
+            return NO_STEPS
         if known is None or not known.holds():
             known = self._prepared[plan] = Prepared(plan.ops)
         return known.steps()
