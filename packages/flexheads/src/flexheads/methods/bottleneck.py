@@ -140,7 +140,7 @@ class Bottleneck(ResidualPart):
         """What the bottleneck adds: ``(batch, sequence, width)`` to the same."""
         delta = self.fused(hidden)
         dropout: Any = self._modules["dropout"]
-        if dropout.training or not quiet(dropout):
+        if (dropout.training and dropout.p) or not quiet(dropout):
             delta = dropout(delta)
         if self.gate is not None:
             delta = delta * gate_scores(self, self.gate, hidden)
