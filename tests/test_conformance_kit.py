@@ -14,6 +14,7 @@ from flexheads.heads.ordinal import OrdinalHead
 from flexheads.models.heads.methods import HeadsMixin
 from flexheads.plugins import registry
 from flexheads.sites.rows import Chosen, KnownRows
+from flexheads.sites.shelf import Stacks
 from flexheads.testing.block_checks import BLOCK_CHECKS, check_block
 from flexheads.testing.head_checks import check_head, check_head_refusals, fits
 from flexheads.testing.tiny_heads import makes_labels
@@ -62,9 +63,10 @@ def test_a_type_that_takes_what_it_cannot_read_is_found(monkeypatch: Any) -> Non
 
 @pytest.mark.parametrize("block", ["Parallel", "BatchSplit", "Rows"])
 def test_rows_that_change_places_are_found(block: str, monkeypatch: Any) -> None:
-    pick = Chosen.by_row
+    pick, kept = Chosen.by_row, Stacks.picked
     monkeypatch.setattr(KnownRows, "merge", lambda self, parts: torch.cat(list(parts)).flip(0))
     monkeypatch.setattr(Chosen, "by_row", lambda self, each: pick(self, each).flip(0))
+    monkeypatch.setattr(Stacks, "picked", lambda self, rows: kept(self, rows[::-1]))
     with pytest.raises(AssertionError, match="outputs differ"):
         check_block("bert", block)
 

@@ -371,3 +371,40 @@ def test_threads_whose_adapters_crowd_each_other_out() -> None:
     with ThreadPoolExecutor(6) as pool:
         assert sum(pool.map(wrong, range(6))) == 0
     assert shelf(model).nbytes <= 4 * each
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_other_rows_over_adapters_of_one_kind_plan_nothing() -> None:
+    names = [f"n{number}" for number in range(6)]
+    model = build(names=names)
+    model.add_adapter("other", "seq_bn")
+    randomise(model.adapters["other"], seed=9)
+    for rows in ([*names[:4]], [*names[2:]], ["n0", "n5", None, "n0"]):
+        assert_right(model, *rows)
+    plans = [model._call_plan(Rows(rows)) for rows in (["n5", "n1", "n1", None], ["n3", "n0"] * 2)]
+    assert plans[0].ops is plans[1].ops
+    assert_right(model, "n5", "n1", "n1", None)
+    # One of another kind, or alone, has a plan of its own.
+    assert model._call_plan(Rows(["n0", "other"] * 2)).ops is not plans[0].ops
+    assert model._call_plan(Rows(["n0"] * 4)).ops is not plans[0].ops
+    assert_right(model, "n0", "other", None, "n4")
+    assert_right(model, "n0", "n0", "n0", "n0")
+
+
+@torch.no_grad()
+def test_heads_of_rows_whose_plan_serves_more() -> None:
+    model = build()
+    for labels, name in enumerate(NAMES, start=2):
+        model.add_classification_head(name, num_labels=labels)
+    randomise(model.heads)
+    inputs = tiny_inputs(model.config, batch=4)
+    for rows in (["a", "b", "c", "a"], ["c", "b", "c", "b"], ["b", "c", "b", "b"]):
+        output = model(**inputs, adapter_names=Rows(rows))
+        assert list(output) == list(dict.fromkeys(rows))
+        for name in output:
+            own = [row for row, other in enumerate(rows) if other == name]
+            alone = model(**inputs, adapter_names=name, head=name).logits[own]
+            torch.testing.assert_close(output[name].logits, alone, rtol=1e-5, atol=1e-5)

@@ -54,6 +54,14 @@ class Routing:
         """The same chains, with the chain of each row."""
         return replace(self, index=tuple(index), tasks=None)
 
+    def among(self, chains: tuple[Chain, ...]) -> Routing:
+        """The same rows, with the numbers of their chains in a list that has others too."""
+        if self.chains == chains or self.index is None:
+            return self
+        place = {chain: number for number, chain in enumerate(chains)}
+        numbers = [place[chain] for chain in self.chains]
+        return replace(self, chains=chains, index=tuple(numbers[n] for n in self.index))
+
     def repeated(self, times: int) -> Routing:
         """The same for a batch in which each row stands so many times, one behind the other."""
         sizes = None if self.sizes is None else tuple(size * times for size in self.sizes)
@@ -70,10 +78,10 @@ class Routing:
             if batch != len(self.index):
                 named, given = len(self.index) // self.repeat, batch // self.repeat
                 raise CompositionError(f"Rows names {named} rows, but the batch has {given}.")
-            return tuple(
-                [row for row, chain in enumerate(self.index) if chain == number]
-                for number in range(len(self.chains))
-            )
+            own: tuple[list[int], ...] = tuple([] for _ in self.chains)
+            for row, chain in enumerate(self.index):
+                own[chain].append(row)
+            return own
         if self.tasks is not None:
             raise CompositionError("The rows of MultiTask are only known in a call with task_ids.")
         sizes = self.sizes or (batch // len(self.chains),) * len(self.chains)

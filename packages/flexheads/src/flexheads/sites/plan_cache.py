@@ -28,10 +28,14 @@ class PlanCache:
     Attributes:
         shelf: The weights that are kept for rows; they go with the plans, so that nothing of an
             adapter stays that was deleted.
+        wide: Plans that serve all adapters of one kind that rows have named so far.
+        kinds: What says that adapters are of one kind, by name.
     """
 
     def __init__(self, size: int = KEPT) -> None:
         self.shelf = Shelf()
+        self.wide: dict[Any, Plan] = {}
+        self.kinds: dict[str, Any] = {}
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._lock, self._size = threading.Lock(), size
 

@@ -12,23 +12,37 @@ from flexheads.routing import Routing
 from flexheads.sites.runtime import Runtime
 
 
-class Chosen(NamedTuple):
+class Chosen:
     """Which of the chains have rows, and which of them each row follows.
 
     Attributes:
         present: The numbers of these chains, in order.
-        places: For each row a place in `present`, ``(batch,)``; None where each has one row, in
-            that order.
-        known: The same as numbers; None where nothing but a tensor tells.
+        known: For each row a place in `present`; None where nothing but a tensor tells.
+
+    Args:
+        present: As above.
+        known: As above.
+        device: Where weights are picked.
+        places: The same as `known`, where that is None, ``(batch,)``.
     """
 
-    present: Sequence[int]
-    places: Tensor | None
-    known: tuple[int, ...] | None = None
+    def __init__(
+        self,
+        present: Sequence[int],
+        known: tuple[int, ...] | None,
+        device: torch.device,
+        places: Tensor | None = None,
+    ) -> None:
+        self.present, self.known = present, known
+        self._device, self._places = device, places
 
     def by_row(self, each: Tensor) -> Tensor:
         """For each row what belongs to its chain: ``(present, ...)`` to ``(batch, ...)``."""
-        return each if self.places is None else each.index_select(0, self.places)
+        if self.known == tuple(range(len(self.present))):
+            return each
+        if self._places is None:
+            self._places = _constant(self.known or (), self._device)
+        return each.index_select(0, self._places)
 
 
 class RowMap(Protocol):
@@ -99,14 +113,12 @@ class KnownRows(RowMap):
         return self._once(key, lambda: self._chosen(batch, device))  # type: ignore[no-any-return]
 
     def _chosen(self, batch: int, device: torch.device) -> Chosen:
-        present, places = self.present(batch), [0] * batch
+        present, known = self.present(batch), [0] * batch
         rows = self.routing.rows(batch)
         for place, number in enumerate(present):
             for row in _numbers(rows[number], batch):
-                places[row] = place
-        as_they_are = places == list(range(len(present)))
-        tensor = None if as_they_are else _constant(places, device)
-        return Chosen(present, tensor, tuple(places))
+                known[row] = place
+        return Chosen(present, tuple(known), device)
 
     def _order(self, device: torch.device) -> _Order:
         return self._once(device, lambda: self._new_order(device))  # type: ignore[no-any-return]
@@ -153,7 +165,7 @@ class TensorRows(RowMap):
         return whole[self.index.to(whole.device), torch.arange(batch, device=whole.device)]
 
     def chosen(self, batch: int, device: torch.device) -> Chosen:
-        return Chosen(range(self.chains), self.index.to(device))
+        return Chosen(range(self.chains), None, device, self.index.to(device))
 
 
 class RowsOfCall(RowMap):

@@ -19,6 +19,7 @@ from flexheads.methods.fusion import AdapterFusion
 from flexheads.models.adapters.compiling import CompilingMixin
 from flexheads.models.adapters.merging import MergingMixin
 from flexheads.models.adapters.summary import AdapterSummary, summarise
+from flexheads.models.calls.any_rows import plan_for_rows
 from flexheads.models.calls.task_ids import at_rows, by_first_row, with_task_ids
 from flexheads.models.container import NamedModules, all_parameters
 from flexheads.plan import HeadRoute, Plan
@@ -283,9 +284,15 @@ class AdapterModelMixin(CompilingMixin, MergingMixin):
         routing = route(block)
         if routing.index is None or routing.repeat > 1 or torch.compiler.is_compiling():
             return self._new_plan(block, heads, skip_layers)
-        # What sites do is the same for all rows with the same chains.
-        key = ("any rows", routing.chains, skip_layers)
-        plan = plans.get(key) or plans.keep(key, self._new_plan(block, (), skip_layers))
+        assert block is not None
+        plan = plan_for_rows(
+            plans,
+            block,
+            routing,
+            skip_layers,
+            lambda name: None if name in self._merged else repr(self.adapters[name].config),
+            lambda own: self._new_plan(own, (), skip_layers),
+        )
         own = dataclasses.replace(plan, setup=block, heads=by_first_row(heads, routing))
         return at_rows(own, routing)
 

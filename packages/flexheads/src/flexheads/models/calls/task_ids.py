@@ -61,13 +61,16 @@ def _ids(plan: Plan, task_ids: Sequence[Any]) -> list[int]:
 
 
 def at_rows(plan: Plan, routing: Routing) -> Plan:
-    """A plan that serves any rows, for those that a routing with the same chains names.
+    """A plan that serves any rows, for those that a routing names.
 
-    Heads of chains without rows are left out.
+    Its chains are those of the plan, or some of those that the operations of the plan serve. Heads
+    of chains without rows are left out.
     """
     used = set(routing.index or ())
     heads = tuple(r for r in plan.heads if r.chain is None or r.routing or r.chain in used)
-    return dataclasses.replace(plan, routing=routing, heads=heads, rows=KnownRows(routing))
+    served = plan.routing if plan.rows is None else plan.rows.routing
+    rows = KnownRows(routing.among(served.chains))
+    return dataclasses.replace(plan, routing=routing, heads=heads, rows=rows)
 
 
 def _by_tensor(plan: Plan, tasks: Sequence[int], task_ids: Tensor) -> Plan:
