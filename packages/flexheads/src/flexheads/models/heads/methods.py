@@ -189,11 +189,13 @@ class HeadsMixin(HeadLabelsMixin):
         """The heads of the adapters' names; those that are active where there are none."""
         for name in () if block is None else block.names():
             self.get_adapter(name)
+        everywhere = tuple(r for r in current if r.chain is None)
+        if not self.heads:
+            return everywhere
         routing = route(block)
         ends = {number: chain[-1] for number, chain in enumerate(routing.chains) if chain}
         named = {number: step_name(step) for number, step in ends.items()}
         found = {number: name for number, name in named.items() if name in self.heads}
-        everywhere = tuple(r for r in current if r.chain is None)
         if not found:
             return everywhere
         if len(found) < len(named):
