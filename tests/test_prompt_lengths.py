@@ -103,6 +103,21 @@ def test_a_model_without_masks_refuses_other_lengths(architecture: str) -> None:
     close(found, torch.cat(alone))
 
 
+def test_gates_are_means_of_whole_rows() -> None:
+    """So what fills a row up would be in them."""
+    model = prompted("bert")
+    model.add_adapter("gated", "seq_bn[use_gating=True]")
+    for refused in (Rows(["gated", "short", "short"]), Parallel(["gated", "short"], "long")):
+        with pytest.raises(UnsupportedError, match="'gated' has gates"):
+            model.set_active_adapters(refused)
+    inputs = tiny_inputs(model.config)
+    setup = Rows([Stack("gated", "long"), "short", "behind"])  # that row is the longest
+    found = model(**inputs, adapter_names=setup).last_hidden_state[:1]
+    alone = model(**of_row(inputs, 0), adapter_names=setup[0]).last_hidden_state
+    real = inputs["attention_mask"][:1].bool()
+    close(found[real], alone[real])
+
+
 def test_what_an_encoder_gave_needs_its_mask() -> None:
     model = prompted("t5")
     inputs = tiny_inputs(model.config)

@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 from flexheads.composition import Block, Fuse
+from flexheads.errors import UnsupportedError
 from flexheads.plan import HeadRoute, Plan
 from flexheads.routing import Chain, Routing, Step, chain_of, route
 from flexheads.sites.bank_calls import look_at_banks_together
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.combine import combine
+from flexheads.sites.prompt import PROMPT
+from flexheads.sites.prompts import PromptOp
 from flexheads.sites.repeat import Repeater
 from flexheads.sites.rows import KnownRows, row_map
 
@@ -72,6 +75,7 @@ class Planner:
         for address, norm in self.norms.items():
             if address in ops and norm in ops:
                 ops[address] = ops[address]._replace(norms=ops[norm].chains)
+        _refuse_filling(ops.get(PROMPT), routing.chains, adapters)
         named = None if routing.index is None else KnownRows(routing)
         return Plan(setup, routing, heads, ops, tuple(skip_layers), named, repeat_at)
 
@@ -88,6 +92,23 @@ class Planner:
         )
         layer = min(differing, default=0)
         return layer if self.repeater.can_begin(layer) else None
+
+
+def _refuse_filling(op: PromptOp | None, chains: Sequence[Chain], adapters: Parts) -> None:
+    """Refuses gates in rows that are filled up because others have longer prompts.
+
+    Raises:
+        UnsupportedError: If there are any; a gate is a mean over all positions of a row.
+    """
+    padded = [] if op is None else [n for n, own in enumerate(op.layouts) if own.padding]
+    for step in (step for number in padded for step in chains[number]):
+        for name in (step,) if isinstance(step, str) else step.names():
+            if any(getattr(part, "gate", None) is not None for part in adapters[name].values()):
+                raise UnsupportedError(
+                    f"Adapter {name!r} has gates, which are means over a whole sequence, so its "
+                    "rows need prompts as long as those of all other rows in the batch. Run them "
+                    "in separate batches."
+                )
 
 
 def _acting(chain: Chain, address: str, adapters: Parts) -> Chain:
