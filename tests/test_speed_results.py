@@ -301,7 +301,7 @@ def test_imports_are_measured_together_and_anew_when_asked_again(
 
     monkeypatch.setattr(importing, "_run", run)
     found = importing.import_ratios({"a": "small", "b": "large"}, 25, {})
-    assert codes == ["", "small", "large", *["", "small", "large"] * 3, ""]
+    assert codes == ["", "small", "large", "", *["small", "", "large", ""] * 3]
     assert {name: each.value for name, each in found.items()} == {"a": 1.25, "b": 1.5}
     assert found["a"] == Found(1.25, 0.0, 1.25, 3)
 

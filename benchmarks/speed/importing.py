@@ -14,6 +14,8 @@ from benchmarks.speed.pairing import Found, summed_up
 BASE = "import torch, transformers; from transformers import AutoModel, PreTrainedModel"
 Times = Sequence[float]
 """CPU time and wall time of one interpreter."""
+Ratios = Sequence[float]
+"""The same over those of the runs of `BASE` before and behind."""
 
 
 def import_ratios(
@@ -30,23 +32,15 @@ def import_ratios(
     codes = {name: f"{BASE}; {code}" for name, code in more.items()}
     for code in (BASE, *codes.values()):  # modules are compiled and files are in memory
         run(code)
-    bases: list[Times] = [run(BASE)]
-    own: dict[str, list[Times]] = {name: [] for name in codes}
+    rounds: dict[str, list[Ratios]] = {name: [] for name in codes}
+    before = run(BASE)
     for _ in range(min(repeats, 3)):
         for name, code in codes.items():
-            own[name].append(run(code))
-        bases.append(run(BASE))
-    return {name: _over(bases, found) for name, found in own.items()}
-
-
-def _over(bases: Sequence[Times], own: Sequence[Times]) -> Found:
-    """The ratios of runs to those of `BASE` before and behind them."""
-    rounds = list(zip(own, bases, bases[1:], strict=False))
-    cpu, wall = (
-        [2 * one[clock] / (before[clock] + behind[clock]) for one, before, behind in rounds]
-        for clock in (0, 1)
-    )
-    return summed_up(cpu, wall)
+            own, behind = run(code), run(BASE)
+            times = zip(own, before, behind, strict=True)
+            rounds[name].append([2 * one / (a + b) for one, a, b in times])
+            before = behind
+    return {name: summed_up(*zip(*each, strict=True)) for name, each in rounds.items()}
 
 
 def _run(code: str, environment: Mapping[str, str]) -> Times:
