@@ -26,6 +26,7 @@ def build(*configs: Any, arch: str = "bert", **changes: Any) -> Any:
         model.add_adapter(f"a{number}", config=config)
     randomise(model, std=0.2)
     model.set_active_adapters([f"a{number}" for number in range(len(configs))])
+    result(model)  # in the first call nothing is prepared
     return model
 
 
