@@ -47,6 +47,8 @@ def looks_inside(fusion: FusionPart, parts: Sequence[Any]) -> bool:
     weights = [each.weight for each in linear]
     if len({weight.dtype for weight in weights}) > 1 or len(kinds) > 1:
         return False
+    if any(True for _ in parts[0].activation.parameters()):
+        return False  # each has learned its own
     if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights):
         return False  # quantised or sharded ones can do no more than their layer needs
     width: int = parts[0].down.in_features
@@ -58,8 +60,7 @@ def _is_bottleneck(part: Any) -> bool:
     if type(part) is not Bottleneck or part.norm_before is not None:
         return False
     linear = (part.down, part.up)
-    usual = are_plain(*linear) and all(one.bias is not None for one in linear)
-    return usual and not any(True for _ in part.activation.parameters())
+    return are_plain(*linear) and all(one.bias is not None for one in linear)
 
 
 def rank_of(part: Any) -> int:

@@ -26,16 +26,21 @@ class Fused:
 
     def __init__(self, branches: Sequence[Branch], fusion: Any) -> None:
         self.branches, self.fusion = branches, fusion
-        self.last: ResidualPart = branches[-1][-1]
+        self.parts = tuple(branch[-1] for branch in branches)
         self.replaces_norm = self.last.replaces_norm
         needs = {need for branch in branches for part in branch for need in part.needs}
         self.needs = frozenset(needs | fusion.needs)
         self.asks_before_norm = fusion.config.query_before_ln and self.last.sees != "r"
-        self.parts = tuple(branch[-1] for branch in branches)
         self.alone = all(
             len(branch) == 1 and isinstance(part, ResidualPart) and part.sees == self.last.sees
             for branch, part in zip(branches, self.parts, strict=True)
         )
+
+    @property
+    def last(self) -> ResidualPart:
+        """The part that the whole is for the layer; under one name only, for compiled code."""
+        last: ResidualPart = self.parts[-1]
+        return last
 
     def __call__(self, stream: Stream) -> Stream:
         """Changes the residual stream."""
