@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from transformers import BertConfig, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.speed import by_hand_files, library, probe, side_flexheads, training, works
+from benchmarks.speed import (
+    by_hand_files,
+    compiled,
+    library,
+    probe,
+    side_flexheads,
+    training,
+    works,
+)
 from benchmarks.speed.probe import Probe, hidden, inference
 
 sys.path.pop(0)
@@ -69,6 +78,21 @@ def test_by_hand_learns_the_same(key: str) -> None:
     own = tiny()
     found = side_flexheads.MEASURES[key](own, key, 1)  # compares the gradients
     assert set(found) == {"flexheads", "floor"}
+
+
+def test_training_a_fusion_is_measured() -> None:
+    found = side_flexheads.MEASURES["training_fuse"](tiny(), "training_fuse", 1)
+    assert found["flexheads"].value > 0
+
+
+def test_tasks_of_rows_have_a_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_compiled", lambda model, given: partial(model, **given))
+    own = tiny()
+    trials = compiled.trials_of(own, compiled.by_task(own))  # compares the numbers
+    assert set(trials) == {"flexheads", "floor"}
+    with inference():
+        bare, floor = hidden(trials["floor"].reference()), hidden(trials["floor"].call())
+    assert (bare - floor).abs().max() > 1e-3
 
 
 def test_other_gradients_are_noticed() -> None:

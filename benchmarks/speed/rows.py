@@ -53,6 +53,7 @@ ROWS = {
         Row("training_half", "training step, `seq_bn` in the upper half only", _FULL, wanted=0.53,
             group="training"),
         Row("training_lora", "training step, LoRA on query and value", _FULL, group="training"),
+        Row("training_fuse", "training step, Fuse of 3 `seq_bn`", _FULL, group="training"),
         Row("kept_full", "activations kept, full fine-tuning, 32 x 128", "", "MiB",
             group="memory"),
         Row("kept", "activations kept, `seq_bn`", "", "MiB", 400, "memory"),

@@ -74,10 +74,21 @@ def _active(probe: Probe, model: Any, setup: Any, size: tuple[int, int] | None =
     return Trial(partial(probe.bare, **inputs), partial(model, **inputs))
 
 
-def _fuse(probe: Probe) -> Trial:
+def _fused(probe: Probe) -> tuple[Any, Any]:
     model, setup = _model(probe, "seq_bn", 3), Fuse("a0", "a1", "a2")
     model.add_adapter_fusion(setup)
-    return _active(probe, model.to(probe.bare.device, probe.bare.dtype).eval(), setup)
+    return model.to(probe.bare.device, probe.bare.dtype).eval(), setup
+
+
+def _fuse(probe: Probe) -> Trial:
+    return _active(probe, *_fused(probe))
+
+
+def _training_fuse(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    model, setup = _fused(probe)
+    model.train_adapter_fusion(setup)
+    trial = library.training_trial(probe, model.train())
+    return compare({"adapters": trial}, repeats, probe.clocks)
 
 
 def _rows(probe: Probe, count: int) -> Trial:
@@ -140,4 +151,8 @@ def _alike(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
 
 
 ALIKE = [row for row in library.ROWS if row != "import_registry"]
-MEASURES = {**dict.fromkeys(TRIALS, _forward), **dict.fromkeys(ALIKE, _alike)}
+MEASURES = {
+    **dict.fromkeys(TRIALS, _forward),
+    **dict.fromkeys(ALIKE, _alike),
+    "training_fuse": _training_fuse,
+}

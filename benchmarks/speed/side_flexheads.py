@@ -11,7 +11,7 @@ from benchmarks.speed import by_hand, by_hand_files, compiled, library, training
 from benchmarks.speed.pairing import Found, compare
 from benchmarks.speed.probe import Probe, stir
 
-from flexheads import AutoModelWithHeads, SeqBnConfig
+from flexheads import AutoModelWithHeads, Fuse, SeqBnConfig
 
 DISTRIBUTIONS = ("flexheads",)
 PLUGINS = 10
@@ -101,6 +101,14 @@ def _training(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     return compare(trials, repeats, probe.clocks)
 
 
+def _training_fuse(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
+    """A fusion is trained, and the adapters that it fuses are not."""
+    model = works.fuse(probe).model
+    model.train_adapter_fusion(Fuse("a0", "a1", "a2"))
+    trials = {"flexheads": library.training_trial(probe, model.train())}
+    return compare(trials, repeats, probe.clocks)
+
+
 def _kept(probe: Probe, key: str, repeats: int) -> dict[str, Found]:
     """The floor is without dropout: its masks need not be kept, they can be drawn again."""
     how, still = dict(library.ROWS[key][1]), probe.without_dropout()
@@ -132,6 +140,7 @@ MEASURES: dict[str, Callable[[Probe, str, int], dict[str, Found]]] = {
     **dict.fromkeys(works.TRIALS, works.measured),
     **dict.fromkeys(library.ROWS, _alike),
     **dict.fromkeys([key for key in library.ROWS if key.startswith("training")], _training),
+    "training_fuse": _training_fuse,
     **dict.fromkeys([key for key in library.ROWS if key.startswith("kept")], _kept),
     **dict.fromkeys(["kept_full", "kept_full_p0"], _kept_full),
     **dict.fromkeys(compiled.ROWS, compiled.measured),
