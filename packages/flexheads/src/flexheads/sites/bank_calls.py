@@ -37,6 +37,7 @@ class Fresh:
         self.chosen = chosen
 
     def of(self, bank: Bank[Any]) -> tuple[Weights, Tensor | float]:
+        """The weights and the factor of every row, in a stack that passes gradients on."""
         chosen, parts = self.chosen, [bank.parts[number] for number in self.chosen.present]
         # The first that acts lends its shapes and its factor to those that do not.
         first = next((part for part in parts if part is not None), bank.first)
@@ -62,6 +63,7 @@ class Kept:
         self.weights = weights
 
     def of(self, bank: Bank[Any]) -> tuple[Weights, Tensor | float]:
+        """The weights of every row; their factor is in them."""
         return self.weights[bank.number], 1.0
 
 
