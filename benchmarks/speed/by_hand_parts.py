@@ -265,6 +265,7 @@ def change_stream(layer: Any, change: Change) -> None:
     if hasattr(layer, "intermediate"):
         layer.output = PostNorm(layer.output, change)
     else:
+        layer.change = change  # so that its weights are among the layer's
         layer.register_forward_hook(lambda _layer, _given, output: change(output, lambda h: h))
 
 
