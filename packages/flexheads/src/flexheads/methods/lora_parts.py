@@ -152,13 +152,20 @@ class Delta(_Gated):
     def forward(self, hidden: Tensor, output: Tensor, projection: Projection) -> Tensor:
         """Maps the projection's input and result to the new result."""
         hidden = hidden.to(self.dtype)
+        if self.gate is None and self.m is None:
+            return self.added(self.dropped(hidden), output)
         product = self.product(self.dropped(hidden))
-        if self.gate is None and self.m is None and product.dtype == output.dtype:
-            return torch.add(output, product, alpha=self.scaling)
         change = (product * self.factor(hidden)).to(output.dtype)
         if self.m is None:
             return output + change
         return self.turned(output, change, self.ratio(projection), projection)
+
+    def added(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """``y + scaling * D x``."""
+        product = self.product(hidden)
+        if product.dtype != output.dtype:
+            return output + (product * self.scaling).to(output.dtype)
+        return torch.add(output, product, alpha=self.scaling)
 
     def dropped(self, hidden: Tensor) -> Tensor:
         """The input behind the dropout."""
@@ -241,6 +248,14 @@ class Delta(_Gated):
         return super().origin(name)
 
 
+def _plus_product(output: Tensor, inner: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """``output + scaling * inner up'``, as one operation where both are of one dtype."""
+    if inner.dtype != output.dtype:
+        return output + (functional.linear(inner, up) * scaling).to(output.dtype)
+    flat = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scaling)
+    return flat.view_as(output)
+
+
 class LowRank(Delta):
     """``D = B A``; `lora_A` is ``(r, in)``, `lora_B` is ``(out, r)`` (arXiv:2106.09685)."""
 
@@ -262,12 +277,15 @@ class LowRank(Delta):
         def step(hidden: Tensor, output: Tensor) -> Tensor:
             if hidden.dtype != down.dtype:
                 hidden = hidden.to(down.dtype)
-            product = linear(linear(hidden, down), up)
-            if product.dtype != output.dtype:
-                return output + (product * scaling).to(output.dtype)
-            return torch.add(output, product, alpha=scaling)
+            return _plus_product(output, linear(hidden, down), up, scaling)
 
         return step
+
+    def added(self, hidden: Tensor, output: Tensor) -> Tensor:
+        if type(self).product is not LowRank.product:
+            return super().added(hidden, output)
+        inner = functional.linear(hidden, self.lora_A)
+        return _plus_product(output, inner, self.lora_B, self.scaling)
 
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
