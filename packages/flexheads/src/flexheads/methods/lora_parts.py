@@ -18,6 +18,7 @@ from flexheads.methods.base import awaits_values
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.lora_bank import DeltaBank, ScalingBank
 from flexheads.methods.lora_configs import LoRAConfig
+from flexheads.methods.lora_sums import plus, plus_product
 from flexheads.methods.lora_values import draw, factors
 from flexheads.sites.derived import Derived
 from flexheads.sites.linear import LinearPart
@@ -162,10 +163,7 @@ class Delta(_Gated):
 
     def added(self, hidden: Tensor, output: Tensor) -> Tensor:
         """``y + scaling * D x``."""
-        product = self.product(hidden)
-        if product.dtype != output.dtype:
-            return output + (product * self.scaling).to(output.dtype)
-        return torch.add(output, product, alpha=self.scaling)
+        return plus(output, self.product(hidden), self.scaling)
 
     def dropped(self, hidden: Tensor) -> Tensor:
         """The input behind the dropout."""
@@ -248,14 +246,6 @@ class Delta(_Gated):
         return super().origin(name)
 
 
-def _plus_product(output: Tensor, inner: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """``output + scaling * inner up'``, as one operation where both are of one dtype."""
-    if inner.dtype != output.dtype:
-        return output + (functional.linear(inner, up) * scaling).to(output.dtype)
-    flat = torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scaling)
-    return flat.view_as(output)
-
-
 class LowRank(Delta):
     """``D = B A``; `lora_A` is ``(r, in)``, `lora_B` is ``(out, r)`` (arXiv:2106.09685)."""
 
@@ -277,7 +267,7 @@ class LowRank(Delta):
         def step(hidden: Tensor, output: Tensor) -> Tensor:
             if hidden.dtype != down.dtype:
                 hidden = hidden.to(down.dtype)
-            return _plus_product(output, linear(hidden, down), up, scaling)
+            return plus_product(output, linear(hidden, down), up, scaling)
 
         return step
 
@@ -285,7 +275,7 @@ class LowRank(Delta):
         if type(self).product is not LowRank.product:
             return super().added(hidden, output)
         inner = functional.linear(hidden, self.lora_A)
-        return _plus_product(output, inner, self.lora_B, self.scaling)
+        return plus_product(output, inner, self.lora_B, self.scaling)
 
     def product(self, hidden: Tensor) -> Tensor:
         return functional.linear(functional.linear(hidden, self.lora_A), self.lora_B)
