@@ -39,7 +39,7 @@ def run_by_calls(monkeypatch: pytest.MonkeyPatch, model: Any, what: Callable[[An
     """What comes of calling every module."""
     with monkeypatch.context() as patch:
         patch.setattr(Prepared, "steps", lambda _: NO_STEPS)
-        for place in ("sites.direct", "methods.bottleneck", "methods.recomputing"):
+        for place in ("sites.direct", "methods.bottleneck"):
             patch.setattr(f"flexheads.{place}.quiet", lambda *_: False)
         return what(model)
 

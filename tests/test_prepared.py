@@ -262,14 +262,20 @@ def test_training_and_inference_take_turns() -> None:
     assert torch.equal(result(model), before)
 
 
-def test_a_training_bottleneck_keeps_what_it_kept() -> None:
-    model = build("seq_bn")
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, True), ({"dropout": 0.5}, False), ({"stochastic_depth": 0.5}, False)],
+)
+def test_a_training_bottleneck_has_steps_unless_it_draws(
+    changes: dict[str, float], steps: bool
+) -> None:
+    model = build(flexheads.SeqBnConfig(**changes))
     result(model)
     model.train()
-    result(model)
+    result(called(model))
     prepared = known(model)
     assert prepared is not None
-    assert not prepared.steps()
+    assert bool(prepared.steps()) == steps
 
 
 def test_rows_and_blocks_do_without() -> None:

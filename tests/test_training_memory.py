@@ -1,4 +1,4 @@
-"""What autograd keeps of a training step: nothing below the lowest adapter, little of adapters."""
+"""What autograd keeps of a training step: nothing below the lowest adapter."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flexheads
-from flexheads.methods import recomputing
 from flexheads.testing import randomise, tiny_inputs, tiny_model
 
 LAYERS = 4
@@ -130,128 +129,3 @@ def test_checkpoints_compute_nothing_again_below_the_lowest_adapter(
         assert (parameter.grad is None) == (name not in expected)
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
-
-
-# --- a norm that is computed again ----------------------------------------------------------------
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss_of(model).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def plainly(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    """Runs something with a bottleneck of which autograd keeps everything."""
-
-    def run(what: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr("flexheads.methods.bottleneck.recomputed", lambda *_: None)
-            return what()
-
-    return run
-
-
-@pytest.mark.parametrize("freeze", [True, False])
-@pytest.mark.parametrize(
-    "config",
-    [
-        "seq_bn",
-        flexheads.SeqBnConfig(residual_before_ln="post_add"),
-        flexheads.SeqBnConfig(non_linearity="gelu", scaling="channel", ln_before=True),
-        flexheads.SeqBnConfig(dropout=0.0, mh_adapter=True),
-        flexheads.SeqBnConfig(ln_after=True, residual_before_ln=True),
-    ],
-    ids=["seq_bn", "post_add", "variants", "both", "norm_behind"],
-)
-def test_the_gradients_are_those_of_keeping_everything(
-    config: Any, freeze: bool, plainly: Any
-) -> None:
-    model = build(config)
-    model.freeze_model(freeze)
-    usual = plainly(lambda: gradients(model))
-    ours = gradients(model)
-    assert ours.keys() == usual.keys()
-    for name, gradient in ours.items():
-        assert torch.equal(gradient, usual[name]), name
-
-
-def test_what_leaves_the_norm_is_not_kept(plainly: Any) -> None:
-    model = build("seq_bn")
-    usual, ours = plainly(lambda: kept(model)), kept(model)
-    width = model.config.hidden_size
-    wide = [sum(t.shape[-1:] == (width,) for t in tensors) for tensors in (usual, ours)]
-    # One in each layer but the lowest, which keeps what enters the norm instead.
-    assert wide[0] - wide[1] == LAYERS - 1
-    assert sum(t.nbytes for t in ours) < sum(t.nbytes for t in usual)
-
-
-def test_gradients_of_gradients(plainly: Any) -> None:
-    model = build("seq_bn")
-    trained = list(model.adapters["a"].parameters())
-
-    def twice() -> list[Tensor]:
-        first = torch.autograd.grad(loss_of(model), trained, create_graph=True)
-        penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
-        return list(torch.autograd.grad(penalty, trained))
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        for ours, usual in zip(twice(), plainly(twice), strict=True):
-            torch.testing.assert_close(ours, usual, rtol=1e-5, atol=1e-7)
-
-
-def test_dropout_and_depth_at_random_are_drawn_once() -> None:
-    for config in (
-        flexheads.SeqBnConfig(dropout=0.5),
-        flexheads.SeqBnConfig(stochastic_depth=0.5),
-        flexheads.SeqBnConfig(use_gating=True),
-    ):
-        model = build(config)
-        names = [node_name for node_name in _graph(loss_of(model)) if "Recomputed" in node_name]
-        assert not names
-
-
-def test_a_hook_on_a_layer_of_the_adapter_runs_once_in_each_step() -> None:
-    model, calls = build("seq_bn"), []
-    down = model.adapters["a"].parts["layers.1.feed_forward"].down
-    down.register_forward_hook(lambda *_: calls.append(1))
-    loss_of(model).backward()
-    assert calls == [1]
-
-
-def test_transforms_and_autocast_see_the_usual_operations(plainly: Any) -> None:
-    model = build("seq_bn")
-    assert any("Recomputed" in name for name in _graph(loss_of(model)))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not any("Recomputed" in name for name in _graph(loss_of(model)))
-    model.eval()
-    assert not any("Recomputed" in name for name in _graph(loss_of(model)))
-
-
-def test_forward_mode_gradients() -> None:
-    norm, part = nn.LayerNorm(4), nn.Linear(4, 4)
-    given, tangent = torch.randn(2, 4), torch.randn(2, 4)
-
-    def run(hidden: Tensor) -> Tensor:
-        found = recomputing.recomputed(lambda h: part(norm(h)), hidden, part, norm)
-        return part(norm(hidden)) if found is None else found
-
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(given, tangent)
-        ours = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent
-    _, expected = torch.autograd.functional.jvp(lambda h: part(norm(h)), given, tangent)
-    torch.testing.assert_close(ours, expected)
-
-
-def _graph(loss: Tensor) -> list[str]:
-    """The names of the nodes behind a loss."""
-    names, seen, waiting = [], set(), [loss.grad_fn]
-    while waiting:
-        node: Any = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        names.append(type(node).__name__)
-        waiting += [following for following, _ in node.next_functions]
-    return names

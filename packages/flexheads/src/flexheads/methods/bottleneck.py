@@ -26,7 +26,6 @@ from flexheads.methods.bottleneck_config import BnConfig
 from flexheads.methods.gating import gate_scores, new_gate
 from flexheads.methods.invertible import build_coupling
 from flexheads.methods.phm import PhmLinear, SharedPhm, check_phm
-from flexheads.methods.recomputing import recomputed
 from flexheads.sites.base import AttachedSite
 from flexheads.sites.direct import are_plain, quiet
 from flexheads.sites.prepared import Step
@@ -73,10 +72,6 @@ class Bottleneck(ResidualPart):
         self.replaces_norm = not config.original_ln_after
         self.sees = "r" if config.is_parallel else "normed" if config.original_ln_before else "x"
         self.needs = self._needs()
-        # Nothing at random, nothing that others look at, and only the norm's input goes on.
-        self.forgets = self.sees == "normed" and config.residual_before_ln in (True, "post_add")
-        if config.phm_layer or config.use_gating or config.stochastic_depth:
-            self.forgets = False
         self._initialise()
 
     def _needs(self) -> frozenset[str]:
@@ -148,12 +143,8 @@ class Bottleneck(ResidualPart):
 
     def forward(self, stream: Stream) -> Stream:
         """Adapts the residual stream; see `flexheads.sites.residual.Stream`."""
-        delta = self._forgetful(stream) if self.training and self.forgets else None
-        if delta is None:
-            hidden, skip = self.enter(stream)
-            delta = self.delta(hidden)
-        else:
-            skip = None if self.config.residual_before_ln is True else stream.total
+        hidden, skip = self.enter(stream)
+        delta = self.delta(hidden)
         x: Any = stream.x if skip is None else skip
         if self.skips_inside:
             delta = delta + x
@@ -167,7 +158,10 @@ class Bottleneck(ResidualPart):
     def prepared(self) -> Step | None:
         config, norms = self.config, (self.norm_before, self.norm_after)
         plain = type(self) is Bottleneck and are_plain(self.down, self.up)
-        if not plain or any((*norms, self.gate, self.skips_inside)) or self._trains_in_its_own_way:
+        draws = (self.dropout.training and self.dropout.p) or (
+            self.training and config.stochastic_depth
+        )
+        if not plain or draws or any((*norms, self.gate, self.skips_inside)):
             return None
         weights: Any = *self.down._parameters.values(), *self.up._parameters.values()
         (down, bias, up, offset), linear = weights, functional.linear
@@ -183,26 +177,6 @@ class Bottleneck(ResidualPart):
             return delta + (hidden if adds_to_seen else given)
 
         return step
-
-    @property
-    def _trains_in_its_own_way(self) -> bool:
-        """Whether a training step does something that inference does not."""
-        drops = self.dropout.p or self.config.stochastic_depth
-        return bool((self.dropout.training and drops) or (self.training and self.forgets))
-
-    def _forgetful(self, stream: Stream) -> Tensor | None:
-        """`delta` behind the layer's norm, computed again for gradients instead of kept.
-
-        Otherwise autograd kept what enters the norm and what leaves it, both as large as the
-        hidden states. None where that is not so, or cannot be.
-        """
-        norm, given = stream.norm, stream.total
-        owner = getattr(norm, "__self__", None)
-        if given is None or norm is None or not isinstance(owner, nn.Module):
-            return None
-        if self.dropout.p or not torch.is_grad_enabled():
-            return None
-        return recomputed(lambda total: self.delta(norm(total)), given, self, owner)
 
     def bank(self, parts: Sequence[ResidualPart | None]) -> BottleneckBank | None:
         if None in parts and not self._adds_to_x:
