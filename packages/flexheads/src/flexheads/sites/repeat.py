@@ -165,9 +165,10 @@ def _copies(plan: Plan, given: Mapping[str, Any]) -> int:
         return 1
     if plan.copies == 1:
         return plan.routing.repeat
-    # Only the first call of a generation is sure to have equal rows, and without a cache none says
-    # that it is the first. Who calls the model inside of it may have other rows altogether.
-    return plan.copies if cache is not None and _are_copies(given, plan.copies) else 1
+    # Only the first call of a generation is sure to have equal rows: that with an empty cache, or
+    # where the backbone is to make one. Who calls the model inside of it may have other rows.
+    first = cache is not None or bool(given.get("use_cache"))
+    return plan.copies if first and _are_copies(given, plan.copies) else 1
 
 
 def _are_copies(given: Mapping[str, Any], times: int) -> bool:
