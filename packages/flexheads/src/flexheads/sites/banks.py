@@ -27,13 +27,17 @@ class Bank(ABC, Generic[PartT]):
 
     Args:
         parts: The part of each chain; None for a chain that does nothing here.
-        site: What the site tells its parts of itself, if anything.
+
+    Attributes:
+        site: What the site tells its parts of itself, if anything; see `chain_bank`.
+        number: Which it is among the banks of a plan.
     """
 
-    def __init__(self, parts: Sequence[PartT | None], site: Any = None) -> None:
+    def __init__(self, parts: Sequence[PartT | None]) -> None:
         self.first = next(part for part in parts if part is not None)
-        self.parts, self.site = tuple(parts), site
-        self.number = 0  # among the banks of a plan
+        self.parts = tuple(parts)
+        self.site: Any = None
+        self.number = 0
 
     def __call__(self, given: Given, *args: Any) -> Any:
         """What the parts make of their rows; arguments and result are those of a part's forward.
